@@ -1,0 +1,69 @@
+"""Every private or version-dependent JAX name, in this file alone (jax 0.10 to 0.12)."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from jax._src import core as _core
+from jax._src import dispatch as _dispatch
+from jax._src import mesh as _mesh
+from jax.extend.core import Primitive
+from jax.interpreters import mlir
+
+
+def make_primitive(name: str, abstract_eval: Callable[..., Any]) -> Primitive:
+    """A primitive with several results that also runs eagerly, by compiling itself."""
+    primitive = Primitive(name)
+    primitive.multiple_results = True
+    primitive.def_abstract_eval(abstract_eval)
+    primitive.def_impl(functools.partial(_dispatch.apply_primitive, primitive))
+    return primitive
+
+
+def lower_as(
+    primitive: Primitive, function: Callable[..., Any], platform: str | None = None
+) -> None:
+    """Lowers ``primitive`` by tracing ``function`` on unsharded, unvarying arrays.
+
+    Under `jax.shard_map` the operands' types name the mesh axes they vary over, which a
+    loop's fresh initial values would not; inside a lowering nothing checks or needs them.
+    """
+    lower = mlir.lower_fun(function, multiple_results=True)
+
+    def rule(ctx: mlir.LoweringRuleContext, *operands: Any, **params: Any) -> Any:
+        plain = [jax.core.ShapedArray(a.shape, a.dtype) for a in ctx.avals_in]
+        with _mesh.use_abstract_mesh(_mesh.empty_abstract_mesh):
+            return lower(ctx.replace(avals_in=plain), *operands, **params)
+
+    mlir.register_lowering(primitive, rule, platform=platform)
+
+
+def result_type(name: str, avals: Sequence[Any], shape: Sequence[int], dtype: Any) -> Any:
+    """The type of a primitive's result: varies over the mesh axes its operands do.
+
+    Under shard_map(check_vma=True) these must agree; see `align_varying`.
+    """
+    _core.standard_vma_rule(name, *avals)
+    like = avals[0]
+    spec = jax.sharding.PartitionSpec(*[None] * len(shape))
+    sharding = jax.sharding.NamedSharding(like.sharding.mesh, spec)
+    return like.update(
+        shape=tuple(shape), dtype=dtype, weak_type=False, sharding=sharding
+    )
+
+
+def align_varying(arrays: Sequence[jax.Array]) -> list[jax.Array]:
+    """Casts every array to vary over the union of the mesh axes that any varies over.
+
+    The transpose of the cast is the sum over devices that a replicated operand's
+    gradient needs.
+    """
+    varying = [jax.typeof(a).mat.varying for a in arrays]
+    union = frozenset().union(*varying)
+    return [
+        jax.lax.pcast(a, tuple(sorted(union - v)), to="varying") if union - v else a
+        for a, v in zip(arrays, varying, strict=True)
+    ]

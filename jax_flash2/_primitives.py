@@ -1,0 +1,282 @@
+"""The primitives: what JAX's transformations see of a call, and what each platform runs.
+
+Two layers. The *outer* primitives stand for a whole call: any number of batch axes,
+abstract evaluation, vmap (a mapped axis becomes a leading batch axis; nothing is
+reshaped or repeated), and a lowering that flattens the batch and binds the *inner*
+ones. These have exactly one batch axis and one lowering per platform: the place where a
+kernel is put beside the blockwise code. Derivatives are `_autodiff`'s.
+
+Operands travel as a flat list; the parameter ``present`` names the `Operands` fields
+they belong to. ``mapped`` counts the leading batch axes that vmap made, over which a
+gradient is never summed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import Primitive
+from jax.interpreters import batching
+
+from jax_flash2 import _blockwise, _compat
+from jax_flash2._spec import AXES, AttentionSpec, Operands
+
+# Axes after the batch axes of what the backward takes beside the operands.
+_RESULT_AXES = {"out": "lhe", "lse": "hl", "dout": "lhe", "dlse": "hl"}
+
+Shape = tuple[int, ...]
+
+
+def forward(
+    spec: AttentionSpec, x: Operands
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """Output ``(batch..., l, h, e)``, logsumexp ``(batch..., h, l)`` and, where the spec
+    asks for them, largest logits ``(batch..., h)``."""
+    present, arrays = _flatten(x)
+    results = forward_p.bind(*arrays, spec=spec, present=present, mapped=0)
+    out, lse, *largest = results
+    return out, lse, largest[0] if largest else None
+
+
+def backward(
+    spec: AttentionSpec,
+    x: Operands,
+    out: jax.Array,
+    lse: jax.Array,
+    dout: jax.Array,
+    dlse: jax.Array | None,
+    wrt: tuple[str, ...],
+) -> dict[str, jax.Array]:
+    """Gradients of query, key, value and of the operands in ``wrt``, by name.
+
+    ``dlse`` is the logsumexp's cotangent, ``(batch..., h, l)``, or None for zero.
+    """
+    extra = {"out": out, "lse": lse, "dout": dout, "dlse": dlse}
+    present, arrays = _flatten(x, extra)
+    grads = backward_p.bind(*arrays, spec=spec, present=present, mapped=0, wrt=wrt)
+    return dict(zip(("query", "key", "value", *wrt), grads, strict=True))
+
+
+# --------------------------------------------------------------------- operands as lists
+
+
+def _flatten(
+    x: Operands, extra: dict[str, Any] | None = None
+) -> tuple[tuple[str, ...], list[jax.Array]]:
+    named = x._asdict() | (extra or {})
+    named = {name: a for name, a in named.items() if a is not None}
+    return tuple(named), _compat.align_varying(list(named.values()))
+
+
+def _unflatten(
+    present: tuple[str, ...], arrays: Sequence[Any]
+) -> tuple[Operands, dict[str, Any]]:
+    named = dict(zip(present, arrays, strict=True))
+    extra = {name: named.pop(name) for name in present if name in _RESULT_AXES}
+    return Operands(**named), extra
+
+
+def _axes(name: str) -> str:
+    return _RESULT_AXES[name] if name in _RESULT_AXES else getattr(AXES, name)
+
+
+def _batch_axes(x: Operands) -> int:
+    return len(x.query.shape) - len(AXES.query)
+
+
+def _batch_shape(present: tuple[str, ...], arrays: Sequence[Any]) -> Shape:
+    shapes = [
+        a.shape[: len(a.shape) - len(_axes(name))]
+        for name, a in zip(present, arrays, strict=True)
+    ]
+    # Sizes are one number or 1, so the number wins also where it is 0.
+    return tuple(
+        next((n for n in sizes if n != 1), 1) for sizes in zip(*shapes, strict=True)
+    )
+
+
+# --------------------------------------------------------------------- abstract evaluation
+
+
+def _forward_types(*avals: Any, spec: AttentionSpec, present: Any, **_: Any) -> list[Any]:
+    x, _extra = _unflatten(present, avals)
+    batch = _batch_shape(present, avals)
+    length, heads = x.query.shape[-3:-1]
+    residual = jnp.promote_types(x.query.dtype, jnp.float32)
+    results = [
+        ((*batch, length, heads, x.value.shape[-1]), x.query.dtype),
+        ((*batch, heads, length), residual),
+    ]
+    if spec.return_max_logit:
+        results.append(((*batch, heads), residual))
+    return [_compat.result_type("flash2_forward", avals, *result) for result in results]
+
+
+def _backward_types(
+    *avals: Any, present: Any, wrt: tuple[str, ...], mapped: int = 0, **_: Any
+) -> list[Any]:
+    x, _extra = _unflatten(present, avals)
+    batch = _batch_shape(present, avals)
+    types = []
+    for name in ("query", "key", "value", *wrt):
+        like = getattr(x, name)
+        lead, rest = like.shape[: len(batch)], like.shape[len(batch) :]
+        lead = batch if name not in wrt else batch[:mapped] + lead[mapped:]
+        shape = (*lead, *rest)
+        types.append(_compat.result_type("flash2_backward", avals, shape, like.dtype))
+    return types
+
+
+# ------------------------------------------------------------------- outer to inner: local
+
+
+def _forward_local(
+    *arrays: jax.Array, spec: AttentionSpec, present: Any, mapped: int
+) -> list[jax.Array]:
+    """The forward on one device: flattens the batch axes and binds the inner primitive."""
+    del mapped  # the forward sums over nothing
+    batch = _batch_shape(present, arrays)
+    x, _ = _unflatten(present, arrays)
+    if 0 in batch or 0 in x.query.shape or x.key.shape[-3] == 0:
+        return _forward_empty(spec, x, batch)
+    flat = [
+        _flatten_batch(a, batch, len(_axes(name)))
+        for name, a in zip(present, arrays, strict=True)
+    ]
+    results = forward_call_p.bind(*flat, spec=spec, present=present)
+    return [r.reshape(*batch, *r.shape[1:]) for r in results]
+
+
+def _forward_empty(spec: AttentionSpec, x: Operands, batch: Shape) -> list[jax.Array]:
+    """No rows, or no keys: every row is an empty row."""
+    length, heads = x.query.shape[-3:-1]
+    dtype = jnp.promote_types(x.query.dtype, jnp.float32)
+    lse = jnp.full((*batch, heads, length), -jnp.inf, dtype)
+    if x.sinks is not None:
+        lse = jnp.broadcast_to(x.sinks.astype(dtype)[..., None], lse.shape)
+    out = jnp.zeros((*batch, length, heads, x.value.shape[-1]), x.query.dtype)
+    results = [out, lse]
+    if spec.return_max_logit:
+        results.append(jnp.full((*batch, heads), -jnp.inf, dtype))
+    return results
+
+
+def _backward_local(
+    *arrays: jax.Array,
+    spec: AttentionSpec,
+    present: Any,
+    mapped: int,
+    wrt: tuple[str, ...],
+) -> list[jax.Array]:
+    """The backward on one device: flattens the batch axes and binds the inner primitive."""
+    batch = _batch_shape(present, arrays)
+    x, _ = _unflatten(present, arrays)
+    names = ("query", "key", "value", *wrt)
+    leads = {}  # batch axes of the gradients of wrt
+    for name in wrt:
+        lead = getattr(x, name).shape[: len(batch)]
+        leads[name] = batch[:mapped] + lead[mapped:]
+    if 0 in batch or 0 in x.query.shape or x.key.shape[-3] == 0:
+        likes = [getattr(x, name) for name in names]
+        return [
+            jnp.zeros((*leads.get(name, batch), *like.shape[len(batch) :]), like.dtype)
+            for name, like in zip(names, likes, strict=True)
+        ]
+    flat = []
+    for name, a in zip(present, arrays, strict=True):
+        if name in leads:  # elements of a mapped axis keep their gradients apart
+            a = jnp.broadcast_to(a, (*leads[name], *a.shape[len(batch) :]))
+        flat.append(_flatten_batch(a, batch, len(_axes(name))))
+    grads = backward_call_p.bind(*flat, spec=spec, present=present, wrt=wrt)
+    results = []
+    for name, g in zip(names, grads, strict=True):
+        lead = leads.get(name, batch)
+        if math.prod(lead) == g.shape[0]:
+            results.append(g.reshape(*lead, *g.shape[1:]))
+            continue
+        # The operand was repeated along some batch axes and not along others.
+        g = g.reshape(*batch, *g.shape[1:])
+        axes = tuple(a for a, n in enumerate(lead) if n != batch[a])
+        results.append(g.sum(axes, keepdims=True))
+    return results
+
+
+def _flatten_batch(a: jax.Array, batch: Shape, axes: int) -> jax.Array:
+    """One batch axis, of full size or 1; repeats only where some axes are 1, others not."""
+    lead, rest = a.shape[: len(batch)], a.shape[len(batch) :]
+    assert len(rest) == axes
+    if lead != batch and math.prod(lead) != 1:
+        a = jnp.broadcast_to(a, (*batch, *rest))
+        lead = batch
+    return a.reshape(math.prod(lead), *rest)
+
+
+# ------------------------------------------------------------------ inner: per platform
+
+
+def _blockwise_forward(sequential: bool) -> Any:
+    def run(*arrays: jax.Array, spec: AttentionSpec, present: Any) -> list[jax.Array]:
+        x, _ = _unflatten(present, arrays)
+        out, lse, largest = _blockwise.forward(spec, x, sequential=sequential)
+        return [out, lse, largest][: 3 if spec.return_max_logit else 2]
+
+    return run
+
+
+def _blockwise_backward(sequential: bool) -> Any:
+    def run(
+        *arrays: jax.Array, spec: AttentionSpec, present: Any, wrt: tuple[str, ...]
+    ) -> list[jax.Array]:
+        x, extra = _unflatten(present, arrays)
+        dout, lse = extra["dout"], extra["lse"]
+        delta = row_delta(extra["out"], dout, extra.get("dlse"))
+        grads = _blockwise.backward(
+            spec, x, dout, lse, delta, wrt, sequential=sequential
+        )
+        return [grads[name] for name in ("query", "key", "value", *wrt)]
+
+    return run
+
+
+def row_delta(out: jax.Array, dout: jax.Array, dlse: jax.Array | None) -> jax.Array:
+    """D of Algorithm 2, line 4: row sums of dO * O, less the logsumexp's cotangent.
+
+    ``(batch..., l, h, e)`` to ``(batch..., h, l)``, in the accumulator's dtype.
+    """
+    dtype = jnp.promote_types(out.dtype, jnp.float32)
+    delta = jnp.swapaxes((out.astype(dtype) * dout.astype(dtype)).sum(-1), -1, -2)
+    return delta if dlse is None else delta - dlse
+
+
+# --------------------------------------------------------------------------------- vmap
+
+
+def _batch_rule(primitive: Primitive) -> Any:
+    def rule(arrays: Sequence[Any], dims: Sequence[Any], **params: Any) -> Any:
+        params["mapped"] += 1
+        arrays = [
+            jnp.expand_dims(a, 0) if d is None else jnp.moveaxis(a, d, 0)
+            for a, d in zip(arrays, dims, strict=True)
+        ]
+        results = primitive.bind(*arrays, **params)
+        return results, [0] * len(results)
+
+    return rule
+
+
+forward_p = _compat.make_primitive("flash2_forward", _forward_types)
+backward_p = _compat.make_primitive("flash2_backward", _backward_types)
+forward_call_p = _compat.make_primitive("flash2_forward_call", _forward_types)
+backward_call_p = _compat.make_primitive("flash2_backward_call", _backward_types)
+
+_compat.lower_as(forward_p, _forward_local)
+_compat.lower_as(backward_p, _backward_local)
+for _platform, _sequential in ((None, False), ("cpu", True)):
+    _compat.lower_as(forward_call_p, _blockwise_forward(_sequential), _platform)
+    _compat.lower_as(backward_call_p, _blockwise_backward(_sequential), _platform)
+for _primitive in (forward_p, backward_p):
+    batching.primitive_batchers[_primitive] = _batch_rule(_primitive)

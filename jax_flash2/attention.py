@@ -1,0 +1,206 @@
+"""`flash_attention`: the call. Defaults and normalisation; everything else lies below."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jax_flash2 import _autodiff, _dropout, _reference, _spec
+from jax_flash2._spec import AttentionSpec, Operands
+
+Array = Any
+Result = jax.Array | tuple[jax.Array, ...]
+
+
+def flash_attention(
+    query: Array,
+    key: Array,
+    value: Array,
+    bias: Array | None = None,
+    mask: Array | None = None,
+    *,
+    scale: float | Array | None = None,
+    is_causal: bool = False,
+    query_seq_lengths: Array | None = None,
+    key_value_seq_lengths: Array | None = None,
+    local_window_size: int | tuple[int | None, int | None] | None = None,
+    implementation: str | None = None,
+    return_residual: bool = False,
+    logits_soft_cap: float | None = None,
+    query_offset: int | Array | None = None,
+    query_segment_ids: Array | Sequence[int] | None = None,
+    key_value_segment_ids: Array | Sequence[int] | None = None,
+    prefix_lengths: Array | None = None,
+    chunk_size: int | None = None,
+    alibi_slopes: Array | None = None,
+    sinks: Array | None = None,
+    dropout_rate: float = 0.0,
+    dropout_key: Array | None = None,
+    deterministic_backward: bool = False,
+    forward_mode: bool = False,
+    return_max_logit: bool = False,
+) -> Result:
+    r"""Exact attention, ``softmax(scale * query @ key.T + ...) @ value``, in linear memory.
+
+    FlashAttention-2 (Dao, arXiv 2307.08691, Algorithms 1 and 2), with the argument names
+    and the meaning of `jax.nn.dot_product_attention`: changing the import is enough.
+
+    The score of query i and key j is, in this order, ``scale * q.k``, the soft cap
+    ``c * tanh(x / c)``, plus bias, plus ALiBi ``-slope * |i - j|``. A key is visible
+    where all masks that are given agree. A row that sees no key gives 0, logsumexp
+    ``-inf`` (or the sink's logit) and no gradient.
+
+    Args:
+      query: ``(batch..., query length, heads, head_dim)``, float16, bfloat16 or float32
+        (float64 with ``implementation="blockwise"`` or ``"reference"``). Any number of
+        batch axes, also none.
+      key: ``(batch..., key length, kv heads, head_dim)``, query's dtype. ``kv heads``
+        divides ``heads``: grouped-query attention, never materialised as repeats.
+      value: ``(batch..., key length, kv heads, value head_dim)``, query's dtype.
+      bias: added to the scores; broadcasts to ``(batch..., heads, query length, key
+        length)``; float32 or query's dtype. ``-inf`` counts as masked.
+      mask: bool, broadcasts like ``bias``; True where visible.
+      scale: factor of the scores; None is ``1 / sqrt(head_dim)``. A float, or a floating
+        scalar array, which then has a gradient.
+      is_causal: key j is visible to query i where ``j <= i`` (top-left aligned).
+      query_seq_lengths: int32, broadcasts to ``(batch...)``. Rows at or past the length
+        see no key; what stands there, NaN too, and their cotangents reach nothing.
+      key_value_seq_lengths: int32, broadcasts to ``(batch...)``. Keys and values at or
+        past the length are not seen; what stands there, NaN too, reaches nothing.
+      local_window_size: ``(left, right)``: ``i - left <= j <= i + right``; None is a side
+        without bound, one int means both sides.
+      implementation: ``"cuda"`` (or ``"cuda_sm80"``, that kernel family also on newer
+        GPUs), ``"blockwise"`` or ``"reference"`` forces one; None takes the fastest that
+        supports the call, decided at lowering: the kernels on an NVIDIA GPU, blockwise
+        elsewhere.
+      return_residual: also return the logsumexp, float32, natural logarithm,
+        ``(batch..., query length, heads)``. It is differentiable.
+      logits_soft_cap: c, a positive Python float.
+      query_offset: position of query row 0 on the key axis (i below means row + offset);
+        an int, or int32 that broadcasts to ``(batch...)``, may be negative.
+        FlashAttention's bottom-right alignment is ``key length - query length``.
+      query_segment_ids: integers ``(batch..., query length)``: only equal ids see each
+        other. In any order; sorted ids skip whole blocks.
+      key_value_segment_ids: integers ``(batch..., key length)``; default to the query's
+        where the lengths are equal.
+      prefix_lengths: int32, broadcasts to ``(batch...)``; with ``is_causal``: ``j <= i or
+        j < prefix`` (prefix-LM).
+      chunk_size: only keys of the same chunk, ``i // c == j // c``, are visible.
+      alibi_slopes: broadcasts to ``(batch..., heads)``; float32 or query's dtype.
+      sinks: one logit per head that joins the softmax's denominator and has no value;
+        broadcasts to ``(batch..., heads)``; float32 or query's dtype.
+      dropout_rate: probability in [0, 1) with which a probability is zeroed; the others
+        are scaled by ``1 / (1 - rate)``. A Python float, resolved to 1/65536.
+      dropout_key: a key of `jax.random`. The mask depends only on it and on the global
+        (batch, head, row, column): the same on any mesh, backend, forward and backward.
+        Under vmap an unmapped key gives every element the same mask.
+      deterministic_backward: the gradient has the same bytes on every run (the forward
+        always has).
+      forward_mode: makes `jax.jvp`, `linearize` and `jacfwd` work. Without it they raise
+        a TypeError from JAX, because reverse mode is a `jax.custom_vjp`.
+      return_max_logit: also return the largest visible score per head, float32
+        ``(batch..., heads)``, ``-inf`` where there is none; without gradient.
+
+    Returns:
+      ``(batch..., query length, heads, value head_dim)`` in query's dtype; with
+      ``return_residual`` or ``return_max_logit`` a tuple of it, the logsumexp and the
+      largest logits, as asked for, in this order.
+
+      Gradients go to query, key, value, scale, bias, alibi_slopes and sinks, each in its
+      own dtype, and through the logsumexp. Residuals carry the checkpoint names
+      ``flash2_out`` and ``flash2_lse``: a `jax.checkpoint` policy that saves both runs
+      the forward once.
+
+    Raises:
+      ValueError: the call is wrong; the message names argument, rule and value.
+      NotImplementedError: the call is right, but what it asks for is not available.
+
+    Example:
+      >>> import jax, jax_flash2
+      >>> q = jax.random.normal(jax.random.key(0), (2, 128, 8, 64))
+      >>> k = v = jax.random.normal(jax.random.key(1), (2, 128, 2, 64))
+      >>> jax_flash2.flash_attention(q, k, v, is_causal=True).shape
+      (2, 128, 8, 64)
+    """
+    _spec.check_static(
+        is_causal=is_causal,
+        chunk_size=chunk_size,
+        logits_soft_cap=logits_soft_cap,
+        dropout_rate=dropout_rate,
+        dropout_key=dropout_key,
+        prefix_lengths=prefix_lengths,
+        implementation=implementation,
+        flags={
+            "return_residual": return_residual,
+            "deterministic_backward": deterministic_backward,
+            "forward_mode": forward_mode,
+            "return_max_logit": return_max_logit,
+        },
+    )
+    _spec.check_arrays(query, key, value, implementation)
+    query, key, value = map(jnp.asarray, (query, key, value))
+    *batch, q_length, heads, head_dim = query.shape
+    batch, kv_length = tuple(batch), key.shape[-3]
+    static_scale, scale = _spec.check_scale(scale, head_dim)
+    if dropout_rate:
+        _spec.check_key(dropout_key)
+
+    def integers(name: str, x: Any, bounds: tuple[int, int] | None = None) -> Any:
+        return _spec.check_integers(name, x, batch, "(batch...)", bounds)
+
+    def floats(name: str, x: Any) -> Any:
+        shape, meaning = (*batch, heads), "(batch..., heads)"
+        return _spec.check_floats(name, x, query, shape, meaning)
+
+    scores = (*batch, heads, q_length, kv_length)
+    meaning = "(batch..., heads, query length, key length)"
+    if isinstance(query_offset, int) and query_offset == 0:
+        query_offset = None
+    query_ids, key_ids = _spec.check_segments(
+        query_segment_ids, key_value_segment_ids, batch, q_length, kv_length
+    )
+    operands = Operands(
+        query=query,
+        key=key,
+        value=value,
+        scale=None if scale is None else jnp.reshape(scale, (1,) * len(batch)),
+        bias=_spec.check_floats("bias", bias, query, scores, meaning),
+        mask=_spec.check_mask(mask, scores),
+        query_seq_lengths=integers("query_seq_lengths", query_seq_lengths, (0, q_length)),
+        key_value_seq_lengths=integers(
+            "key_value_seq_lengths", key_value_seq_lengths, (0, kv_length)
+        ),
+        query_offset=integers("query_offset", query_offset),
+        prefix_lengths=integers("prefix_lengths", prefix_lengths, (0, kv_length)),
+        query_segment_ids=query_ids,
+        key_value_segment_ids=key_ids,
+        alibi_slopes=floats("alibi_slopes", alibi_slopes),
+        sinks=floats("sinks", sinks),
+        dropout_streams=_dropout.streams(dropout_key, batch, heads)
+        if dropout_rate
+        else None,
+    )
+    spec = AttentionSpec(
+        scale=static_scale,
+        is_causal=bool(is_causal),
+        window=_spec.check_window(local_window_size),
+        chunk_size=None if chunk_size is None else int(chunk_size),
+        soft_cap=None if logits_soft_cap is None else float(logits_soft_cap),
+        dropout_rate=float(dropout_rate),
+        deterministic_backward=bool(deterministic_backward),
+        return_max_logit=bool(return_max_logit),
+        implementation=implementation,
+    )
+    if implementation == "reference":
+        out, lse, max_logit = _reference.attention(spec, operands)
+    else:
+        out, lse, max_logit = _autodiff.attend(spec, operands, forward_mode)
+    results = [out]
+    if return_residual:
+        results.append(jnp.swapaxes(lse, -1, -2))
+    if return_max_logit:
+        results.append(jax.lax.stop_gradient(max_logit))
+    return results[0] if len(results) == 1 else tuple(results)
