@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero
 
-from jax_flash2 import _primitives
+from jax_flash2 import _compat, _primitives
 from jax_flash2._spec import SIDE_OPERANDS, AttentionSpec, Operands
 
 Results = tuple[jax.Array, jax.Array, jax.Array | None]
@@ -29,7 +29,11 @@ def attend(spec: AttentionSpec, x: Operands, forward_mode: bool) -> Results:
             "flash_attention: forward_mode=True is implemented only with "
             f"implementation='reference'; got implementation={spec.implementation!r}"
         )
-    return _attend(spec, x)
+    # Outside the custom_vjp, so that the casts' own transposes sum gradients of operands
+    # that vary over fewer mesh axes than others.
+    names = [name for name, a in x._asdict().items() if a is not None]
+    aligned = _compat.align_varying([getattr(x, name) for name in names])
+    return _attend(spec, Operands(**dict(zip(names, aligned, strict=True))))
 
 
 def _attend_primal(spec: AttentionSpec, x: Operands) -> Results:

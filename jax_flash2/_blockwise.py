@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jax_flash2 import _dropout, _mask
-from jax_flash2._spec import AttentionSpec, Operands
+from jax_flash2._spec import AttentionSpec, Operands, accumulator
 
 BLOCK = 256
 
@@ -79,7 +79,7 @@ def forward(
 def _forward_entry(
     spec: AttentionSpec, sizes: _Sizes, x: Operands, first: jax.Array, end: jax.Array
 ) -> dict[str, jax.Array]:
-    dtype = _accumulator(x.query)
+    dtype = accumulator(x.query.dtype)
     rows = (sizes.group, sizes.q_block)
 
     def query_block(i: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -196,7 +196,7 @@ def _backward_entry(
     delta: jax.Array,
     wrt: tuple[str, ...],
 ) -> dict[str, jax.Array]:
-    dtype = _accumulator(x.query)
+    dtype = accumulator(x.query.dtype)
     q_block = sizes.q_block
     survivors = 1 / jnp.asarray(1 - spec.dropout_rate, dtype)
 
@@ -329,14 +329,10 @@ def _kept(spec: AttentionSpec, tile: _Tile) -> jax.Array:
     return _dropout.keep(stream, tile.row, tile.column[0], columns, spec.dropout_rate)
 
 
-def _accumulator(x: jax.Array) -> Any:
-    return jnp.promote_types(x.dtype, jnp.float32)
-
-
 def _dot(axes: str, a: jax.Array, b: jax.Array) -> jax.Array:
     """A block product, accumulated in float32 at the highest precision."""
     return jnp.einsum(
-        axes, a, b, precision="highest", preferred_element_type=_accumulator(a)
+        axes, a, b, precision="highest", preferred_element_type=accumulator(a.dtype)
     )
 
 

@@ -23,7 +23,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import batching
 
 from jax_flash2 import _blockwise, _compat
-from jax_flash2._spec import AXES, AttentionSpec, Operands
+from jax_flash2._spec import AXES, AttentionSpec, Operands, accumulator
 
 # Axes after the batch axes of what the backward takes beside the operands.
 _RESULT_AXES = {"out": "lhe", "lse": "hl", "dout": "lhe", "dlse": "hl"}
@@ -106,7 +106,7 @@ def _forward_types(*avals: Any, spec: AttentionSpec, present: Any, **_: Any) -> 
     x, _extra = _unflatten(present, avals)
     batch = _batch_shape(present, avals)
     length, heads = x.query.shape[-3:-1]
-    residual = jnp.promote_types(x.query.dtype, jnp.float32)
+    residual = accumulator(x.query.dtype)
     results = [
         ((*batch, length, heads, x.value.shape[-1]), x.query.dtype),
         ((*batch, heads, length), residual),
@@ -154,7 +154,7 @@ def _forward_local(
 def _forward_empty(spec: AttentionSpec, x: Operands, batch: Shape) -> list[jax.Array]:
     """No rows, or no keys: every row is an empty row."""
     length, heads = x.query.shape[-3:-1]
-    dtype = jnp.promote_types(x.query.dtype, jnp.float32)
+    dtype = accumulator(x.query.dtype)
     lse = jnp.full((*batch, heads, length), -jnp.inf, dtype)
     if x.sinks is not None:
         lse = jnp.broadcast_to(x.sinks.astype(dtype)[..., None], lse.shape)
@@ -247,7 +247,7 @@ def row_delta(out: jax.Array, dout: jax.Array, dlse: jax.Array | None) -> jax.Ar
 
     ``(batch..., l, h, e)`` to ``(batch..., h, l)``, in the accumulator's dtype.
     """
-    dtype = jnp.promote_types(out.dtype, jnp.float32)
+    dtype = accumulator(out.dtype)
     delta = jnp.swapaxes((out.astype(dtype) * dout.astype(dtype)).sum(-1), -1, -2)
     return delta if dlse is None else delta - dlse
 

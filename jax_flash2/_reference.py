@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jax_flash2 import _dropout, _mask
-from jax_flash2._spec import AttentionSpec, Operands
+from jax_flash2._spec import AttentionSpec, Operands, accumulator
 
 
 def attention(
@@ -19,7 +19,7 @@ def attention(
     """Output, logsumexp ``(batch..., heads, l)`` and largest logit ``(batch..., heads)``."""
     *batch, q_length, heads, head_dim = x.query.shape
     kv_length, kv_heads = x.key.shape[-3:-1]
-    dtype = jnp.promote_types(x.query.dtype, jnp.float32)
+    dtype = accumulator(x.query.dtype)
     row = jnp.arange(q_length, dtype=jnp.int32)
     column = jnp.arange(kv_length, dtype=jnp.int32)
 

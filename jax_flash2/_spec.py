@@ -88,6 +88,11 @@ AXES = Operands(
 SIDE_OPERANDS = ("scale", "bias", "alibi_slopes", "sinks")
 
 
+def accumulator(dtype: Any) -> Any:
+    """The dtype of scores, sums and logsumexps: float32, or float64 for float64."""
+    return jnp.float64 if dtype == jnp.float64 else jnp.float32
+
+
 def require(condition: bool, message: str) -> None:
     if not condition:
         raise ValueError(f"flash_attention: {message}")
