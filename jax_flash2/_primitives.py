@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jax.extend.core import Primitive
 from jax.interpreters import batching
 
-from jax_flash2 import _blockwise, _compat
+from jax_flash2 import _blockwise, _compat, _ffi
 from jax_flash2._spec import AXES, AttentionSpec, Operands, accumulator
 
 # Axes after the batch axes of what the backward takes beside the operands.
@@ -218,28 +218,48 @@ def _flatten_batch(a: jax.Array, batch: Shape, axes: int) -> jax.Array:
 # ------------------------------------------------------------------ inner: per platform
 
 
-def _blockwise_forward(sequential: bool) -> Any:
+def _call_forward(platform: str) -> Any:
     def run(*arrays: jax.Array, spec: AttentionSpec, present: Any) -> list[jax.Array]:
         x, _ = _unflatten(present, arrays)
-        out, lse, largest = _blockwise.forward(spec, x, sequential=sequential)
+        if _kernels_serve(platform, spec, _ffi.forward_lack(spec, x)):
+            return _ffi.forward(spec, x)
+        out, lse, largest = _blockwise.forward(spec, x, sequential=platform == "cpu")
         return [out, lse, largest][: 3 if spec.return_max_logit else 2]
 
     return run
 
 
-def _blockwise_backward(sequential: bool) -> Any:
+def _call_backward(platform: str) -> Any:
     def run(
         *arrays: jax.Array, spec: AttentionSpec, present: Any, wrt: tuple[str, ...]
     ) -> list[jax.Array]:
         x, extra = _unflatten(present, arrays)
+        _kernels_serve(platform, spec, "the CUDA kernels have no gradient yet")
         dout, lse = extra["dout"], extra["lse"]
         delta = row_delta(extra["out"], dout, extra.get("dlse"))
         grads = _blockwise.backward(
-            spec, x, dout, lse, delta, wrt, sequential=sequential
+            spec, x, dout, lse, delta, wrt, sequential=platform == "cpu"
         )
         return [grads[name] for name in ("query", "key", "value", *wrt)]
 
     return run
+
+
+def _kernels_serve(platform: str, spec: AttentionSpec, lack: str | None) -> bool:
+    """Whether a call lowered for ``platform`` goes to the CUDA kernels.
+
+    Raises NotImplementedError where it must and cannot.
+    """
+    if spec.implementation == "blockwise":
+        return False
+    if platform == "cuda":
+        return _ffi.use_kernels(spec, lack)
+    if spec.implementation is not None:
+        raise NotImplementedError(
+            f"flash_attention: implementation={spec.implementation!r} runs on NVIDIA "
+            "GPUs only, and this call is compiled for another platform"
+        )
+    return False
 
 
 def row_delta(out: jax.Array, dout: jax.Array, dlse: jax.Array | None) -> jax.Array:
@@ -275,8 +295,10 @@ backward_call_p = _compat.make_primitive("flash2_backward_call", _backward_types
 
 _compat.lower_as(forward_p, _forward_local)
 _compat.lower_as(backward_p, _backward_local)
-for _platform, _sequential in ((None, False), ("cpu", True)):
-    _compat.lower_as(forward_call_p, _blockwise_forward(_sequential), _platform)
-    _compat.lower_as(backward_call_p, _blockwise_backward(_sequential), _platform)
+# The first serves every platform that is not named after it.
+for _platform in ("any", "cpu", "cuda"):
+    _named = None if _platform == "any" else _platform
+    _compat.lower_as(forward_call_p, _call_forward(_platform), _named)
+    _compat.lower_as(backward_call_p, _call_backward(_platform), _named)
 for _primitive in (forward_p, backward_p):
     batching.primitive_batchers[_primitive] = _batch_rule(_primitive)

@@ -1,0 +1,256 @@
+"""The compiled module: loaded, checked, registered with XLA, and called.
+
+The module `jax_flash2._cuda` may be missing (an install without nvcc), too new for
+jaxlib, or on a machine whose driver or GPU is too old. None of that is an error before
+a kernel is asked for; then `unavailable` has the sentence.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import pathlib
+import re
+import warnings
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jax_flash2._spec import AttentionSpec, Operands
+
+# Operands, results and attributes of a target are a contract with compiled programs
+# that outlive this process; whoever changes them raises the version, in handlers.cc too.
+FORWARD = "flash2_forward_v1"
+TARGETS = (FORWARD,)
+
+_REBUILD = (
+    "reinstall jax_flash2 where nvcc is on the PATH, or with JAX_FLASH2_CUDA=pypi set, "
+    "which fetches nvcc from PyPI for the build"
+)
+# Each major version of CUDA names the oldest driver that serves it.
+_OLDEST_DRIVER = {12: 525, 13: 580}
+_OLDEST_GPU = 80
+_MAX_HEAD_DIM = 256
+_MAX_POSITION = 2**29 - 1  # kMaxPosition of cuda/problem.h
+# What the handler takes beside query, key and value, and in which dtype.
+_SIDES = {
+    "scale": jnp.float32,
+    "query_offset": jnp.int32,
+    "query_seq_lengths": jnp.int32,
+    "key_value_seq_lengths": jnp.int32,
+    "prefix_lengths": jnp.int32,
+    "query_segment_ids": jnp.int32,
+    "key_value_segment_ids": jnp.int32,
+    "alibi_slopes": jnp.float32,
+    "sinks": jnp.float32,
+}
+
+
+# ------------------------------------------------------------------ loading and checking
+
+
+def _load() -> tuple[ModuleType | None, str | None]:
+    """The module with its targets registered, or None and the reason."""
+    try:
+        module = importlib.import_module("jax_flash2._cuda")
+    except ModuleNotFoundError:
+        return None, f"this install of jax_flash2 has no CUDA kernels; {_REBUILD}"
+    except ImportError as error:
+        return None, f"jax_flash2's CUDA kernels failed to load ({error}); {_REBUILD}"
+    # XLA refuses newer handlers than itself, and takes the whole backend down with them.
+    reason = ffi_problem(module.build_info()["ffi"], _installed_ffi())
+    if reason is None:
+        for name, capsule in module.registrations().items():
+            jax.ffi.register_ffi_target(name, capsule, platform="CUDA")
+    return module, reason
+
+
+def _installed_ffi() -> tuple[int, int] | None:
+    """The FFI version of the installed jaxlib, by its header."""
+    header = pathlib.Path(jax.ffi.include_dir(), "xla", "ffi", "api", "c_api.h")
+    try:
+        text = header.read_text()
+    except OSError:
+        return None
+    found = [re.search(rf"XLA_FFI_API_{x}\s+(\d+)", text) for x in ("MAJOR", "MINOR")]
+    major, minor = (int(m.group(1)) if m else -1 for m in found)
+    return (major, minor) if min(major, minor) >= 0 else None
+
+
+def ffi_problem(
+    built: tuple[int, int], installed: tuple[int, int] | None
+) -> str | None:
+    """Why handlers of FFI version ``built`` cannot run here, or None."""
+    if installed is None or (built[0] == installed[0] and built[1] <= installed[1]):
+        return None
+    return (
+        f"jax_flash2's CUDA kernels were built for XLA FFI {built[0]}.{built[1]}, and the "
+        f"installed jaxlib has {installed[0]}.{installed[1]}: install a newer jaxlib, or "
+        "rebuild jax_flash2"
+    )
+
+
+def driver_problem(built: tuple[int, int], driver: tuple[int, int]) -> str | None:
+    """Why kernels built by CUDA ``built`` cannot run on this driver, or None.
+
+    A driver serves every minor version of its own and of older majors. It need not be
+    the CUDA that jax itself was installed for.
+    """
+    if driver == (0, 0) or driver[0] >= built[0]:  # (0, 0): no driver, so no GPU either
+        return None
+    oldest = _OLDEST_DRIVER.get(built[0])
+    return (
+        f"jax_flash2's CUDA kernels were built by CUDA {built[0]}.{built[1]} and need "
+        f"NVIDIA driver {oldest or 'of that CUDA'} or newer; the installed one serves "
+        f"CUDA up to {driver[0]}.{driver[1]}: update the driver, or rebuild jax_flash2 "
+        "with that CUDA's nvcc"
+    )
+
+
+def gpu_problem(capabilities: Sequence[str]) -> str | None:
+    """Why the kernels cannot run on GPUs of these compute capabilities, or None."""
+    for capability in capabilities:
+        major, _, minor = capability.partition(".")
+        if int(major) * 10 + int(minor or 0) < _OLDEST_GPU:
+            return (
+                "jax_flash2's CUDA kernels need a GPU of compute capability 8.0 or newer "
+                f"(Ampere); got {capability}"
+            )
+    return None
+
+
+def _capabilities() -> list[str]:
+    """Compute capabilities of this process's CUDA GPUs; none where there are none."""
+    try:
+        devices = jax.local_devices(backend="cuda")
+    except RuntimeError:  # lowering for a GPU elsewhere
+        return []
+    found = [getattr(device, "compute_capability", None) for device in devices]
+    return sorted({str(c) for c in found if c is not None})
+
+
+_module, _load_problem = _load()
+
+
+@functools.lru_cache(maxsize=1)
+def unavailable() -> str | None:
+    """Why no CUDA kernel can run in this process, as a sentence, or None."""
+    if _module is None or _load_problem is not None:
+        return _load_problem
+    built, driver = _module.build_info()["cuda"], _module.driver_cuda()
+    return driver_problem(built, driver) or gpu_problem(_capabilities())
+
+
+def available() -> bool:
+    """Whether the CUDA kernels can run in this process."""
+    return unavailable() is None
+
+
+def build_info() -> dict[str, Any] | None:
+    """What the CUDA kernels were built from; None for an install without them.
+
+    Keys: ``compiler``, ``host_compiler``, ``cuda`` and ``ffi`` (version tuples), and
+    ``architectures``.
+    """
+    return None if _module is None else dict(_module.build_info())
+
+
+_warned: set[str] = set()
+
+
+def use_kernels(spec: AttentionSpec, lack: str | None) -> bool:
+    """Whether the kernels serve a call on a CUDA GPU; ``lack`` is what they cannot do.
+
+    Where they do not, a call that asks for them raises, and any other warns, once for
+    each reason.
+    """
+    reason = unavailable() or lack
+    if reason is None:
+        return True
+    if spec.implementation is not None:
+        raise NotImplementedError(
+            f"flash_attention: implementation={spec.implementation!r}: {reason}"
+        )
+    if reason not in _warned:
+        _warned.add(reason)
+        warnings.warn(
+            f"flash_attention runs in plain JAX on this GPU, slower than its kernels: "
+            f"{reason}. implementation='blockwise' says that this is intended.",
+            stacklevel=2,
+        )
+    return False
+
+
+# ----------------------------------------------------------------------------- the calls
+
+
+def forward_lack(spec: AttentionSpec, x: Operands) -> str | None:
+    """What of this call the forward kernels cannot do, as a sentence, or None."""
+    dtype = jnp.dtype(x.query.dtype).name
+    head_dim = max(x.query.shape[-1], x.value.shape[-1])
+    length = max(x.query.shape[-3], x.key.shape[-3])
+    if dtype not in ("float16", "bfloat16"):
+        return f"the CUDA kernels take float16 and bfloat16; got {dtype}"
+    if head_dim > _MAX_HEAD_DIM:
+        return f"the CUDA kernels take head_dim up to {_MAX_HEAD_DIM}; got {head_dim}"
+    if length > _MAX_POSITION:
+        return f"the CUDA kernels take lengths up to {_MAX_POSITION}; got {length}"
+    for name in ("bias", "mask"):
+        if getattr(x, name) is not None:
+            return f"the CUDA kernels take no dense {name}"
+    if spec.dropout_rate:
+        return f"the CUDA kernels have no dropout; got {spec.dropout_rate=}"
+    if spec.return_max_logit:
+        return "the CUDA kernels have no return_max_logit"
+    return None
+
+
+def forward(spec: AttentionSpec, x: Operands) -> list[jax.Array]:
+    """Output ``(b, l, h, e)`` and logsumexp ``(b, h, l)`` by the forward kernels.
+
+    One batch axis; `forward_lack` must have found nothing. To be traced by a lowering.
+    """
+    value_dim = x.value.shape[-1]
+    query, key, value = (_pad_head_dim(a) for a in (x.query, x.key, x.value))
+    batch = max(a.shape[0] for a in x if a is not None)
+    length, heads = query.shape[1:3]
+    names = [name for name in _SIDES if getattr(x, name) is not None]
+    sides = [getattr(x, name).astype(_SIDES[name]) for name in names]
+    left, right = (_window_side(side) for side in spec.window)
+    call = jax.ffi.ffi_call(
+        FORWARD,
+        (
+            jax.ShapeDtypeStruct((batch, length, heads, value.shape[-1]), query.dtype),
+            jax.ShapeDtypeStruct((batch, heads, length), jnp.float32),
+        ),
+    )
+    # The C++ side reads attributes by exact type and converts nothing.
+    out, lse = call(
+        query,
+        key,
+        value,
+        *sides,
+        operands=",".join(names),
+        scale=np.float32(1.0 if spec.scale is None else spec.scale),
+        soft_cap=np.float32(spec.soft_cap or 0.0),
+        is_causal=bool(spec.is_causal),
+        window_left=left,
+        window_right=right,
+        chunk_size=np.int32(spec.chunk_size or 0),
+    )
+    return [out[..., :value_dim], lse]
+
+
+def _pad_head_dim(x: jax.Array) -> jax.Array:
+    """Zeros up to the next multiple of 8, which a row's 16-byte loads need."""
+    missing = -x.shape[-1] % 8
+    return jnp.pad(x, ((0, 0),) * 3 + ((0, missing),)) if missing else x
+
+
+def _window_side(side: int | None) -> np.int32:
+    """-1 where unbounded, also in effect: no two positions are further apart."""
+    return np.int32(-1 if side is None or side >= _MAX_POSITION else side)
