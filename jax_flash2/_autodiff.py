@@ -101,7 +101,8 @@ def _sinks_gradient(
     probability = jnp.where(lse == -jnp.inf, 0, jnp.exp(logit - lse))
     g = -(probability * delta).sum(-1)
     axes = tuple(a for a, n in enumerate(sinks.shape) if n != g.shape[a])
-    return g.sum(axes, keepdims=True).astype(sinks.dtype)
+    g = g.sum(axes, keepdims=True).astype(sinks.dtype)
+    return _compat.with_type_of(g, sinks)
 
 
 _attend.defvjp(_attend_forward, _attend_backward, symbolic_zeros=True)

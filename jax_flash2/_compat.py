@@ -23,36 +23,61 @@ def make_primitive(name: str, abstract_eval: Callable[..., Any]) -> Primitive:
     return primitive
 
 
-def lower_as(
-    primitive: Primitive, function: Callable[..., Any], platform: str | None = None
-) -> None:
-    """Lowers ``primitive`` by tracing ``function`` on unsharded, unvarying arrays.
+Rule = Callable[..., Any]
+
+
+def lower(function: Callable[..., Any], ctx: Any, *operands: Any, **params: Any) -> Any:
+    """Lowers by tracing ``function`` on the operands' full types."""
+    rule = mlir.lower_fun(function, multiple_results=True)
+    return rule(ctx, *operands, **params)
+
+
+def lower_plain(
+    function: Callable[..., Any], ctx: Any, *operands: Any, **params: Any
+) -> Any:
+    """Lowers by tracing ``function`` on unsharded, unvarying arrays.
 
     Under `jax.shard_map` the operands' types name the mesh axes they vary over, which a
     loop's fresh initial values would not; inside a lowering nothing checks or needs them.
     """
-    lower = mlir.lower_fun(function, multiple_results=True)
+    plain = [jax.core.ShapedArray(a.shape, a.dtype) for a in ctx.avals_in]
+    with _mesh.use_abstract_mesh(_mesh.empty_abstract_mesh):
+        return lower(function, ctx.replace(avals_in=plain), *operands, **params)
 
-    def rule(ctx: mlir.LoweringRuleContext, *operands: Any, **params: Any) -> Any:
-        plain = [jax.core.ShapedArray(a.shape, a.dtype) for a in ctx.avals_in]
-        with _mesh.use_abstract_mesh(_mesh.empty_abstract_mesh):
-            return lower(ctx.replace(avals_in=plain), *operands, **params)
 
+def register_lowering(
+    primitive: Primitive, rule: Rule, platform: str | None = None
+) -> None:
     mlir.register_lowering(primitive, rule, platform=platform)
 
 
-def result_type(name: str, avals: Sequence[Any], shape: Sequence[int], dtype: Any) -> Any:
+def needs_devices(primitive: Primitive) -> None:
+    """Lets a lowering use `custom_partitioning`, which asks for the devices' number."""
+    _dispatch.prim_requires_devices_during_lowering.add(primitive)
+
+
+def result_type(
+    name: str, avals: Sequence[Any], shape: Sequence[int], dtype: Any, spec: Any = None
+) -> Any:
     """The type of a primitive's result: varies over the mesh axes its operands do.
 
-    Under shard_map(check_vma=True) these must agree; see `align_varying`.
+    Under shard_map(check_vma=True) these must agree; see `align_varying`. ``spec`` says
+    over which Explicit mesh axes the result is split; None is none.
     """
     _core.standard_vma_rule(name, *avals)
     like = avals[0]
-    spec = jax.sharding.PartitionSpec(*[None] * len(shape))
+    if spec is None:
+        spec = jax.sharding.PartitionSpec(*[None] * len(shape))
     sharding = jax.sharding.NamedSharding(like.sharding.mesh, spec)
     return like.update(
         shape=tuple(shape), dtype=dtype, weak_type=False, sharding=sharding
     )
+
+
+def with_type_of(x: jax.Array, like: jax.Array) -> jax.Array:
+    """``x`` split over Explicit mesh axes as ``like`` is: a cotangent's type is fixed."""
+    sharding = jax.typeof(like).sharding
+    return jax.sharding.reshard(x, sharding) if sharding.mesh.explicit_axes else x
 
 
 def align_varying(arrays: Sequence[jax.Array]) -> list[jax.Array]:

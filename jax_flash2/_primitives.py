@@ -13,6 +13,8 @@ gradient is never summed.
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -22,11 +24,11 @@ import jax.numpy as jnp
 from jax.extend.core import Primitive
 from jax.interpreters import batching
 
-from jax_flash2 import _blockwise, _compat, _ffi
+from jax_flash2 import _blockwise, _compat, _ffi, _partition
 from jax_flash2._spec import AXES, AttentionSpec, Operands, accumulator
 
-# Axes after the batch axes of what the backward takes beside the operands.
-_RESULT_AXES = {"out": "lhe", "lse": "hl", "dout": "lhe", "dlse": "hl"}
+# Axes after the batch axes of the forward's results and their cotangents.
+_RESULT_AXES = {"out": "lhe", "lse": "hl", "dout": "lhe", "dlse": "hl", "largest": "h"}
 
 Shape = tuple[int, ...]
 
@@ -113,29 +115,97 @@ def _forward_types(*avals: Any, spec: AttentionSpec, present: Any, **_: Any) -> 
     ]
     if spec.return_max_logit:
         results.append(((*batch, heads), residual))
-    return [_compat.result_type("flash2_forward", avals, *result) for result in results]
+    specs: list[Any] = [None] * len(results)
+    if avals[0].sharding.mesh.explicit_axes:
+        lay = _partition.explicit_layout(_arrays(present, avals), avals)
+        shapes = [shape for shape, _ in results]
+        names = ("out", "lse", "largest")[: len(results)]
+        specs = [lay.spec(a) for a in _named_arrays(names, shapes)]
+    return [
+        _compat.result_type("flash2_forward", avals, *result, spec)
+        for result, spec in zip(results, specs, strict=True)
+    ]
 
 
 def _backward_types(
     *avals: Any, present: Any, wrt: tuple[str, ...], mapped: int = 0, **_: Any
 ) -> list[Any]:
-    x, _extra = _unflatten(present, avals)
+    named = dict(zip(present, avals, strict=True))
     batch = _batch_shape(present, avals)
+    query_spec = avals[0].sharding.spec
     types = []
     for name in ("query", "key", "value", *wrt):
-        like = getattr(x, name)
+        like = named[name]
         lead, rest = like.shape[: len(batch)], like.shape[len(batch) :]
         lead = batch if name not in wrt else batch[:mapped] + lead[mapped:]
+        # A gradient has its operand's type but for axes that it gained by vmap.
+        spec = None
+        if like.sharding.mesh.explicit_axes:
+            gained = [a != b for a, b in zip(lead, like.shape, strict=False)]
+            own = like.sharding.spec
+            entries = [query_spec[i] if g else own[i] for i, g in enumerate(gained)]
+            spec = jax.sharding.PartitionSpec(*entries, *own[len(batch) :])
         shape = (*lead, *rest)
-        types.append(_compat.result_type("flash2_backward", avals, shape, like.dtype))
+        types.append(
+            _compat.result_type("flash2_backward", avals, shape, like.dtype, spec)
+        )
     return types
+
+
+def _named_arrays(
+    names: Sequence[str], shapes: Sequence[Shape]
+) -> tuple[_partition.Array, ...]:
+    pairs = zip(names, shapes, strict=True)
+    return tuple(_partition.Array(n, _axes(n), tuple(shape)) for n, shape in pairs)
+
+
+def _arrays(present: Sequence[str], avals: Sequence[Any]) -> tuple[_partition.Array, ...]:
+    return _named_arrays(present, [a.shape for a in avals])
+
+
+# -------------------------------------------------------------------- outer: over a mesh
+
+
+@dataclasses.dataclass(frozen=True)
+class _Local:
+    """A local function with its parameters: hashable, as `_partition.Call` wants it."""
+
+    function: Any
+    params: tuple[tuple[str, Any], ...]
+
+    def __call__(self, *arrays: jax.Array) -> list[jax.Array]:
+        return self.function(*arrays, **dict(self.params))
+
+
+def _lower_over_mesh(function: Any, results: Any) -> Any:
+    """Lowers an outer primitive: ``function`` does one device's share of it."""
+
+    def rule(ctx: Any, *operands: Any, **params: Any) -> Any:
+        avals = ctx.avals_in
+        mesh = avals[0].sharding.mesh
+        # Axes that XLA assigns inside a region where others are manual or explicit.
+        left_over = bool(mesh.auto_axes and (mesh.manual_axes or mesh.explicit_axes))
+        local = _Local(function, (*sorted(params.items()), ("together", left_over)))
+        if not mesh.explicit_axes and left_over:
+            return _compat.lower_plain(local, ctx, *operands)
+        call = _partition.Call(
+            local,
+            _arrays(params["present"], avals),
+            _named_arrays(results(params), [a.shape for a in ctx.avals_out]),
+        )
+        if mesh.explicit_axes:
+            run = _partition.explicit(call, avals, ctx.avals_out)
+            return _compat.lower(run, ctx, *operands)
+        return _compat.lower_plain(_partition.partitioned(call), ctx, *operands)
+
+    return rule
 
 
 # ------------------------------------------------------------------- outer to inner: local
 
 
 def _forward_local(
-    *arrays: jax.Array, spec: AttentionSpec, present: Any, mapped: int
+    *arrays: jax.Array, spec: AttentionSpec, present: Any, mapped: int, together: bool
 ) -> list[jax.Array]:
     """The forward on one device: flattens the batch axes and binds the inner primitive."""
     del mapped  # the forward sums over nothing
@@ -147,7 +217,7 @@ def _forward_local(
         _flatten_batch(a, batch, len(_axes(name)))
         for name, a in zip(present, arrays, strict=True)
     ]
-    results = forward_call_p.bind(*flat, spec=spec, present=present)
+    results = forward_call_p.bind(*flat, spec=spec, present=present, together=together)
     return [r.reshape(*batch, *r.shape[1:]) for r in results]
 
 
@@ -171,6 +241,7 @@ def _backward_local(
     present: Any,
     mapped: int,
     wrt: tuple[str, ...],
+    together: bool,
 ) -> list[jax.Array]:
     """The backward on one device: flattens the batch axes and binds the inner primitive."""
     batch = _batch_shape(present, arrays)
@@ -191,7 +262,8 @@ def _backward_local(
         if name in leads:  # elements of a mapped axis keep their gradients apart
             a = jnp.broadcast_to(a, (*leads[name], *a.shape[len(batch) :]))
         flat.append(_flatten_batch(a, batch, len(_axes(name))))
-    grads = backward_call_p.bind(*flat, spec=spec, present=present, wrt=wrt)
+    params = dict(spec=spec, present=present, wrt=wrt, together=together)
+    grads = backward_call_p.bind(*flat, **params)
     results = []
     for name, g in zip(names, grads, strict=True):
         lead = leads.get(name, batch)
@@ -219,11 +291,15 @@ def _flatten_batch(a: jax.Array, batch: Shape, axes: int) -> jax.Array:
 
 
 def _call_forward(platform: str) -> Any:
-    def run(*arrays: jax.Array, spec: AttentionSpec, present: Any) -> list[jax.Array]:
+    def run(
+        *arrays: jax.Array, spec: AttentionSpec, present: Any, together: bool
+    ) -> list[jax.Array]:
         x, _ = _unflatten(present, arrays)
-        if _kernels_serve(platform, spec, _ffi.forward_lack(spec, x)):
+        lack = _ffi.forward_lack(spec, x)
+        if _kernels_serve(platform, spec, together, lack):
             return _ffi.forward(spec, x)
-        out, lse, largest = _blockwise.forward(spec, x, sequential=platform == "cpu")
+        sequential = platform == "cpu" and not together
+        out, lse, largest = _blockwise.forward(spec, x, sequential=sequential)
         return [out, lse, largest][: 3 if spec.return_max_logit else 2]
 
     return run
@@ -231,21 +307,29 @@ def _call_forward(platform: str) -> Any:
 
 def _call_backward(platform: str) -> Any:
     def run(
-        *arrays: jax.Array, spec: AttentionSpec, present: Any, wrt: tuple[str, ...]
+        *arrays: jax.Array,
+        spec: AttentionSpec,
+        present: Any,
+        wrt: tuple[str, ...],
+        together: bool,
     ) -> list[jax.Array]:
         x, extra = _unflatten(present, arrays)
-        _kernels_serve(platform, spec, "the CUDA kernels have no gradient yet")
+        lack = "the CUDA kernels have no gradient yet"
+        _kernels_serve(platform, spec, together, lack)
         dout, lse = extra["dout"], extra["lse"]
         delta = row_delta(extra["out"], dout, extra.get("dlse"))
+        sequential = platform == "cpu" and not together
         grads = _blockwise.backward(
-            spec, x, dout, lse, delta, wrt, sequential=platform == "cpu"
+            spec, x, dout, lse, delta, wrt, sequential=sequential
         )
         return [grads[name] for name in ("query", "key", "value", *wrt)]
 
     return run
 
 
-def _kernels_serve(platform: str, spec: AttentionSpec, lack: str | None) -> bool:
+def _kernels_serve(
+    platform: str, spec: AttentionSpec, together: bool, lack: str | None
+) -> bool:
     """Whether a call lowered for ``platform`` goes to the CUDA kernels.
 
     Raises NotImplementedError where it must and cannot.
@@ -253,6 +337,11 @@ def _kernels_serve(platform: str, spec: AttentionSpec, lack: str | None) -> bool
     if spec.implementation == "blockwise":
         return False
     if platform == "cuda":
+        if together:
+            lack = (
+                "a kernel cannot be split over mesh axes that a shard_map leaves to the "
+                "compiler; make all axes manual"
+            )
         return _ffi.use_kernels(spec, lack)
     if spec.implementation is not None:
         raise NotImplementedError(
@@ -293,12 +382,28 @@ backward_p = _compat.make_primitive("flash2_backward", _backward_types)
 forward_call_p = _compat.make_primitive("flash2_forward_call", _forward_types)
 backward_call_p = _compat.make_primitive("flash2_backward_call", _backward_types)
 
-_compat.lower_as(forward_p, _forward_local)
-_compat.lower_as(backward_p, _backward_local)
-# The first serves every platform that is not named after it.
-for _platform in ("any", "cpu", "cuda"):
-    _named = None if _platform == "any" else _platform
-    _compat.lower_as(forward_call_p, _call_forward(_platform), _named)
-    _compat.lower_as(backward_call_p, _call_backward(_platform), _named)
-for _primitive in (forward_p, backward_p):
+def _forward_results(params: dict[str, Any]) -> tuple[str, ...]:
+    return ("out", "lse", "largest")[: 3 if params["spec"].return_max_logit else 2]
+
+
+def _backward_results(params: dict[str, Any]) -> tuple[str, ...]:
+    return ("query", "key", "value", *params["wrt"])
+
+
+for _primitive, _local, _results in (
+    (forward_p, _forward_local, _forward_results),
+    (backward_p, _backward_local, _backward_results),
+):
+    _compat.needs_devices(_primitive)
+    _compat.register_lowering(_primitive, _lower_over_mesh(_local, _results))
     batching.primitive_batchers[_primitive] = _batch_rule(_primitive)
+
+# The first serves every platform that is not named after it.
+for _primitive, _call in (
+    (forward_call_p, _call_forward),
+    (backward_call_p, _call_backward),
+):
+    for _platform in ("any", "cpu", "cuda"):
+        _rule = functools.partial(_compat.lower_plain, _call(_platform))
+        _named = None if _platform == "any" else _platform
+        _compat.register_lowering(_primitive, _rule, _named)

@@ -169,7 +169,7 @@ def _pad_rank(name: str, x: Any, rank: int) -> Any:
         len(x.shape) <= rank,
         f"{name} must have at most {rank} axes; got {describe(x)}",
     )
-    return jnp.reshape(x, (1,) * (rank - len(x.shape)) + tuple(x.shape))
+    return jnp.expand_dims(x, tuple(range(rank - len(x.shape))))
 
 
 def _broadcastable(name: str, x: Any, shape: tuple[int, ...], meaning: str) -> Any:

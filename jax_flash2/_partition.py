@@ -1,0 +1,343 @@
+"""Calls on sharded arrays: batch and heads are split and cost no communication.
+
+A `Layout` says over which mesh axes each batch axis, the query heads and the key heads
+are split; from it follow the specs of every operand and result, and the mesh axes over
+which a gradient has to be summed because its operand was the same on all of them. Key
+heads that the mesh axes of the query heads do not divide stay whole on every device,
+which slices out those that its query heads need.
+
+The lengths and head_dim are never split: where they come sharded they are gathered,
+with one warning.
+
+How the layout reaches the compiler depends on the mesh that the operands' types name:
+  none, or Auto axes     `custom_partitioning`, with a Shardy rule made from `AXES`
+  Explicit axes          `jax.shard_map` by the specs in the types
+  Manual axes, all       the call is local already
+  Manual axes, some      the blockwise code, which XLA itself partitions over the rest
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental.custom_partitioning import (
+    ArrayMapping,
+    SdyShardingRule,
+    custom_partitioning,
+)
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+# One entry of a spec: the mesh axes that split an array's axis.
+Split = tuple[str, ...]
+
+
+def _split(entry: Any) -> Split:
+    if entry is None or entry is P.UNCONSTRAINED:
+        return ()
+    return tuple(entry) if isinstance(entry, (tuple, list)) else (entry,)
+
+
+def _entry(split: Split) -> Any:
+    return None if not split else split[0] if len(split) == 1 else split
+
+
+@dataclasses.dataclass(frozen=True)
+class Array:
+    """An operand or result: its axes after the batch axes (see `AXES`), its shape."""
+
+    name: str
+    axes: str
+    shape: tuple[int, ...]
+
+    @property
+    def batch_axes(self) -> int:
+        return len(self.shape) - len(self.axes)
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """Mesh axes of each batch axis, of the query heads (h) and of the key heads (n)."""
+
+    batch: tuple[Split, ...]
+    heads: Split
+    kv_heads: Split
+
+    def spec(self, a: Array) -> P:
+        """An axis of size 1 broadcasts and is never split."""
+        entries = [*self.batch, *(self._of(letter) for letter in a.axes)]
+        return P(
+            *(
+                None if size == 1 else _entry(split)
+                for split, size in zip(entries, a.shape, strict=True)
+            )
+        )
+
+    def missing(self, a: Array) -> Split:
+        """The mesh axes that split the call but not this operand, in a fixed order."""
+        own = {axis for entry in self.spec(a) for axis in _split(entry)}
+        used = [axis for split in (*self.batch, self.heads) for axis in split]
+        return tuple(axis for axis in used if axis not in own)
+
+    def _of(self, letter: str) -> Split:
+        return {"h": self.heads, "n": self.kv_heads}.get(letter, ())
+
+
+def layout(
+    arrays: Sequence[Array],
+    specs: Sequence[Any],
+    mesh_shape: Mapping[str, int],
+    strict: bool,
+) -> Layout:
+    """The layout of a call whose operands are sharded by ``specs``.
+
+    An axis that only some operands split is split in all: slicing is free, gathering is
+    not. Where two disagree, the query's split wins, or with ``strict`` that is an error.
+    """
+    query, key = arrays[0], arrays[1]
+    taken: dict[str, Any] = {}  # mesh axis to the axis of the call that it splits
+
+    def choose(where: Any, size: int, pick: Callable[[Array], int | None]) -> Split:
+        chosen: Split = ()
+        for a, spec in zip(arrays, specs, strict=True):
+            index = pick(a)
+            if index is None or a.shape[index] == 1:
+                continue
+            split = _split(spec[index]) if index < len(spec) else ()
+            if strict and chosen and split and split != chosen:
+                raise ValueError(
+                    f"flash_attention: {a.name}'s axis {index} must be sharded over "
+                    f"{_entry(chosen)!r}, as query's, or not at all; got {spec}"
+                )
+            if chosen or not split:
+                continue
+            free = all(taken.get(axis, where) == where for axis in split)
+            if free and size % math.prod(mesh_shape[axis] for axis in split) == 0:
+                chosen = split
+        taken.update(dict.fromkeys(chosen, where))
+        return chosen
+
+    def axis_of(letter: str) -> Callable[[Array], int | None]:
+        def pick(a: Array) -> int | None:
+            return a.batch_axes + a.axes.index(letter) if letter in a.axes else None
+
+        return pick
+
+    batch = []
+    for i in range(query.batch_axes):
+        size = max(a.shape[i] for a in arrays)
+        batch.append(choose(i, size, lambda a, i=i: i))
+    heads, kv_heads = query.shape[-2], key.shape[-2]
+    split = choose("heads", heads, axis_of("h"))
+    if not split:  # query replicated over an axis that splits the key heads
+        split = choose("heads", kv_heads, axis_of("n"))
+    kv_split = _split(specs[1][key.batch_axes + 1]) if len(specs[1]) > 1 else ()
+    return Layout(tuple(batch), split, split if kv_split == split else ())
+
+
+_warned: set[str] = set()
+
+
+def _check_whole(arrays: Sequence[Array], specs: Sequence[Any], strict: bool) -> None:
+    """Warns, once for lengths and once for head_dim, of what must be gathered."""
+    letters = {"l": "length", "s": "length", "d": "head_dim", "e": "head_dim"}
+    for a, spec in zip(arrays, specs, strict=True):
+        entries = (*spec, *[None] * (len(a.shape) - len(spec)))
+        for letter, entry in zip(a.axes, entries[a.batch_axes :], strict=True):
+            if letter not in letters or not _split(entry):
+                continue
+            what = letters[letter]
+            message = (
+                f"flash_attention: {a.name}'s {what} is sharded over {entry!r} and is "
+                "gathered; batch and heads are the axes to shard"
+            )
+            if strict and what == "head_dim":
+                raise ValueError(
+                    f"flash_attention: {a.name}'s head_dim must not be sharded; got "
+                    f"{spec}"
+                )
+            if what not in _warned:
+                _warned.add(what)
+                # A filter that makes it an error must not bring the compiler down.
+                try:
+                    warnings.warn(message, stacklevel=2)
+                except UserWarning:
+                    print(message)
+
+
+# ------------------------------------------------------------------ one device's share
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """One bind of an outer primitive: what runs locally, and its arrays.
+
+    Attributes:
+      local: takes the operands' local parts, returns the results' local parts.
+      operands: query and key first.
+      results: gradients are named after their operand.
+    """
+
+    local: Callable[..., list[jax.Array]]
+    operands: tuple[Array, ...]
+    results: tuple[Array, ...]
+
+    @property
+    def group(self) -> int:
+        return self.operands[0].shape[-2] // self.operands[1].shape[-2]
+
+    def share(self, lay: Layout, mesh_shape: Mapping[str, int]) -> Callable[..., Any]:
+        """What one device does under a layout; mesh axes are bound where it is traced."""
+        kv_heads = self.operands[1].shape[-2]
+        ways = math.prod(mesh_shape[axis] for axis in lay.heads)
+        heads = self.operands[0].shape[-2] // ways
+        slices = lay.heads != lay.kv_heads and kv_heads > 1
+        gradients = {a.name for a in self.operands} & {a.name for a in self.results}
+
+        def run(*arrays: jax.Array) -> list[jax.Array]:
+            arrays = tuple(arrays)
+            index = None
+            if slices:
+                first = lax.axis_index(lay.heads) * heads
+                index = _needed_heads(first, heads, self.group)
+                arrays = tuple(
+                    jnp.take(x, index, axis=-2, mode="clip") if "n" in a.axes else x
+                    for a, x in zip(self.operands, arrays, strict=True)
+                )
+            results = self.local(*arrays)
+            for i, a in enumerate(self.results):
+                if a.name not in gradients:
+                    continue
+                g = results[i]
+                if slices and "n" in a.axes:
+                    whole = jnp.zeros((*g.shape[:-2], kv_heads, g.shape[-1]), g.dtype)
+                    g = whole.at[..., index, :].add(g)
+                axes = lay.missing(a)
+                results[i] = lax.psum(g, axes) if axes else g
+            return list(results)
+
+        return run
+
+
+def _needed_heads(first: jax.Array, heads: int, group: int) -> jax.Array:
+    """The key heads of ``heads`` query heads from ``first`` on, as few as will do."""
+    if heads % group == 0:
+        return first // group + jnp.arange(heads // group)
+    if group % heads == 0:
+        return first // group + jnp.arange(1)
+    # Groups straddle devices: each query head gets a copy of its key head.
+    return (first + jnp.arange(heads)) // group
+
+
+# --------------------------------------------------------------------- Auto: custom call
+
+
+@functools.lru_cache(maxsize=1024)
+def partitioned(call: Call) -> Callable[..., list[jax.Array]]:
+    """The call as a `custom_partitioning`, for meshes whose axes XLA assigns."""
+
+    def partition(mesh: Any, operands: Any, results: Any) -> Any:
+        del results
+        specs = [x.sharding.spec for x in operands]
+        _check_whole(call.operands, specs, strict=False)
+        lay = layout(call.operands, specs, mesh.shape, strict=False)
+
+        def shardings(arrays: Sequence[Array]) -> list[NamedSharding]:
+            return [NamedSharding(mesh, lay.spec(a)) for a in arrays]
+
+        share = call.share(lay, mesh.shape)
+        return mesh, share, shardings(call.results), tuple(shardings(call.operands))
+
+    def rule(mesh: Any, operands: Any, results: Any) -> SdyShardingRule:
+        del mesh, operands, results
+        return _sharding_rule(call)
+
+    def run(*arrays: jax.Array) -> list[jax.Array]:
+        return call.local(*arrays)
+
+    function = custom_partitioning(run)
+    function.def_partition(partition=partition, sharding_rule=rule)
+    return function
+
+
+def _sharding_rule(call: Call) -> SdyShardingRule:
+    """Factors are the axes' letters; the key heads are the query heads' without groups.
+
+    An axis of size 1 that broadcasts gets a factor of its own.
+    """
+    query = call.operands[0]
+    batch = [
+        max(a.shape[i] for a in call.operands) for i in range(query.batch_axes)
+    ]
+    sizes = {f"b{i}": n for i, n in enumerate(batch)}
+    for a in call.operands:
+        for letter, n in zip(a.axes, a.shape[a.batch_axes :], strict=True):
+            sizes[letter] = max(n, sizes.get(letter, 1))
+    fresh: list[str] = []
+
+    def mapping(a: Array) -> ArrayMapping:
+        names = []
+        letters = [f"b{i}" for i in range(a.batch_axes)] + list(a.axes)
+        for letter, n in zip(letters, a.shape, strict=True):
+            if n != sizes[letter]:
+                fresh.append(f"x{len(fresh)}")
+                names.append(fresh[-1])
+            else:
+                names.append("h" if letter == "n" and call.group == 1 else letter)
+        return ArrayMapping(*names)
+
+    operands = tuple(mapping(a) for a in call.operands)
+    results = tuple(mapping(a) for a in call.results)
+    names = dict.fromkeys(name for m in (*operands, *results) for name in m)
+    whole = tuple(name for name in names if name in "lsder" or name in fresh)
+    return SdyShardingRule(operands, results, need_replication_factors=whole)
+
+
+# ------------------------------------------------------------------ Explicit: shard_map
+
+
+def explicit_layout(operands: Sequence[Array], avals: Sequence[Any]) -> Layout:
+    """The layout that the types of the operands ask for; raises where none can serve."""
+    specs = [aval.sharding.spec for aval in avals]
+    _check_whole(operands, specs, strict=True)
+    return layout(operands, specs, avals[0].sharding.mesh.shape, strict=True)
+
+
+def explicit(
+    call: Call, avals: Sequence[Any], results: Sequence[Any]
+) -> Callable[..., list[jax.Array]]:
+    """The call for Explicit axes: operands and results keep the types they have."""
+    mesh = avals[0].sharding.mesh
+    lay = explicit_layout(call.operands, avals)
+    in_specs = tuple(lay.spec(a) for a in call.operands)
+    out_specs = [lay.spec(a) for a in call.results]
+
+    def with_spec(x: jax.Array, own: Any, wanted: P) -> jax.Array:
+        if own.sharding.spec == wanted:
+            return x
+        return jax.sharding.reshard(x, NamedSharding(mesh, wanted))
+
+    def run(*arrays: jax.Array) -> list[jax.Array]:
+        body = jax.shard_map(
+            call.share(lay, mesh.shape),
+            mesh=mesh,
+            axis_names=set(mesh.explicit_axes),
+            in_specs=in_specs,
+            out_specs=out_specs,
+            check_vma=False,
+        )
+        outputs = body(*map(with_spec, arrays, avals, in_specs))
+        return [
+            y if aval.sharding.spec == spec else with_spec(y, jax.typeof(y), aval.sharding.spec)
+            for y, spec, aval in zip(outputs, out_specs, results, strict=True)
+        ]
+
+    return run
