@@ -56,6 +56,12 @@ def needs_devices(primitive: Primitive) -> None:
     _dispatch.prim_requires_devices_during_lowering.add(primitive)
 
 
+def without_shardy(ctx: Any) -> bool:
+    """Whether a lowering for several devices goes to the partitioner before Shardy."""
+    devices = getattr(ctx.module_context.axis_context, "num_devices", 1)
+    return devices > 1 and not jax.config.jax_use_shardy_partitioner
+
+
 def result_type(
     name: str, avals: Sequence[Any], shape: Sequence[int], dtype: Any, spec: Any = None
 ) -> Any:

@@ -181,6 +181,11 @@ def _lower_over_mesh(function: Any, results: Any) -> Any:
     """Lowers an outer primitive: ``function`` does one device's share of it."""
 
     def rule(ctx: Any, *operands: Any, **params: Any) -> Any:
+        if _compat.without_shardy(ctx):
+            raise ValueError(
+                "flash_attention: on several devices jax_use_shardy_partitioner must be "
+                "True, as it is by default; got False"
+            )
         avals = ctx.avals_in
         mesh = avals[0].sharding.mesh
         # Axes that XLA assigns inside a region where others are manual or explicit.

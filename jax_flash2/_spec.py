@@ -164,21 +164,16 @@ def check_arrays(query: Any, key: Any, value: Any, implementation: str | None) -
     )
 
 
-def _pad_rank(name: str, x: Any, rank: int) -> Any:
-    require(
-        len(x.shape) <= rank,
-        f"{name} must have at most {rank} axes; got {describe(x)}",
-    )
-    return jnp.expand_dims(x, tuple(range(rank - len(x.shape))))
-
-
 def _broadcastable(name: str, x: Any, shape: tuple[int, ...], meaning: str) -> Any:
-    x = _pad_rank(name, x, len(shape))
-    fits = all(a in (1, b) for a, b in zip(x.shape, shape, strict=True))
+    """``x`` with axes of size 1 before its own, so that its rank is that of ``shape``."""
+    missing = len(shape) - len(x.shape)
+    fits = missing >= 0 and all(
+        a in (1, b) for a, b in zip(x.shape, shape[missing:], strict=True)
+    )
     require(
         fits, f"{name} must broadcast to {meaning} = {list(shape)}; got {describe(x)}"
     )
-    return x
+    return jnp.expand_dims(x, tuple(range(missing)))
 
 
 def check_integers(
@@ -203,7 +198,8 @@ def check_integers(
     )
     if isinstance(x, np.ndarray | np.integer):
         low, high = bounds or (-_INT32_MAX - 1, _INT32_MAX)
-        bad = x[(x < low) | (x > high)] if x.ndim else x[None][(x < low) | (x > high)]
+        flat = np.atleast_1d(x)
+        bad = flat[(flat < low) | (flat > high)]
         require(
             bad.size == 0,
             f"{name} must lie in [{low}, {high}]; got {bad[:1].tolist()}",
@@ -263,7 +259,7 @@ def check_window(window: Any) -> tuple[int | None, int | None]:
         require(side is None or _is_static_int(side), f"{rule}; got {window!r}")
         require(
             side is None or 0 <= side <= _INT32_MAX,
-            f"local_window_size must not be negative; got {window!r}",
+            f"local_window_size must lie in [0, {_INT32_MAX}]; got {window!r}",
         )
     left, right = (None if side is None else int(side) for side in sides)
     return left, right
