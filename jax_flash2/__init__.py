@@ -2,10 +2,17 @@
 
 from typing import Any
 
+from jax_flash2._ffi import build_info
 from jax_flash2.attention import flash_attention
 
 __version__ = "0.1.0"
-__all__ = ["Flash2Attention", "__version__", "attention_fn", "flash_attention"]
+__all__ = [
+    "Flash2Attention",
+    "__version__",
+    "attention_fn",
+    "build_info",
+    "flash_attention",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -118,7 +118,7 @@ def _forward_entry(
         out = o / (divisor * jnp.asarray(1 - spec.dropout_rate, dtype))[..., None]
         return out.astype(x.query.dtype), lse, largest
 
-    out, lse, largest = lax.map(query_block, jnp.arange(sizes.q_blocks))
+    out, lse, largest = lax.map(query_block, jnp.arange(sizes.q_blocks, dtype=jnp.int32))
     return {
         "out": _join_blocks(out, 1),
         "lse": _join_blocks(lse, 1),
@@ -240,8 +240,9 @@ def _backward_entry(
         # The query blocks that see this key block: a range, as the ranges they see are
         # monotonic; with per-entry facts that are not, a range around them.
         sees = (first <= j) & (j < end)
-        begin = jnp.argmax(sees)
-        stop = jnp.where(sees.any(), sizes.q_blocks - jnp.argmax(sees[::-1]), 0)
+        begin = lax.argmax(sees, 0, jnp.int32)
+        stop = sizes.q_blocks - lax.argmax(sees[::-1], 0, jnp.int32)
+        stop = jnp.where(sees.any(), stop, 0)
         dk = jnp.zeros((sizes.kv_block, x.key.shape[-1]), dtype)
         dv = jnp.zeros((sizes.kv_block, x.value.shape[-1]), dtype)
         step = _skipping(sizes, x, lambda i: (i, j), query_block)
@@ -249,7 +250,7 @@ def _backward_entry(
         return state, (dk.astype(x.key.dtype), dv.astype(x.value.dtype))
 
     state = {name: jnp.zeros(getattr(x, name).shape, dtype) for name in ("query", *wrt)}
-    grads, (dk, dv) = lax.scan(key_block, state, jnp.arange(sizes.kv_blocks))
+    grads, (dk, dv) = lax.scan(key_block, state, jnp.arange(sizes.kv_blocks, dtype=jnp.int32))
     grads["query"] = grads["query"].astype(x.query.dtype)
     return grads | {"key": _join_blocks(dk, 0), "value": _join_blocks(dv, 0)}
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+from jax._src import config as _config
 from jax._src import core as _core
 from jax._src import dispatch as _dispatch
 from jax._src import mesh as _mesh
@@ -54,6 +56,30 @@ def register_lowering(
 def needs_devices(primitive: Primitive) -> None:
     """Lets a lowering use `custom_partitioning`, which asks for the devices' number."""
     _dispatch.prim_requires_devices_during_lowering.add(primitive)
+
+
+_stacks = threading.local()
+
+
+def drop_stacks() -> None:
+    """The program that this thread builds next carries no Python stacks.
+
+    For the one that `custom_partitioning` builds right after it traced a partition. Its
+    stacks, put below the caller's when XLA inlines it, can send XLA (jaxlib 0.12) into
+    an endless walk: a gradient on eight devices, compiled under a test runner's deep
+    stack, never came back. Nothing calls us when that program is done, so the setting
+    stays until `restore_stacks`, at our next lowering.
+    """
+    restore_stacks()
+    _stacks.context = _config.traceback_in_locations_limit(0)
+    _stacks.context.__enter__()
+
+
+def restore_stacks() -> None:
+    context = getattr(_stacks, "context", None)
+    if context is not None:
+        _stacks.context = None
+        context.__exit__(None, None, None)
 
 
 def without_shardy(ctx: Any) -> bool:

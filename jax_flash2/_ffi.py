@@ -240,7 +240,7 @@ def forward(spec: AttentionSpec, x: Operands) -> list[jax.Array]:
         is_causal=bool(spec.is_causal),
         window_left=left,
         window_right=right,
-        chunk_size=np.int32(spec.chunk_size or 0),
+        chunk_size=np.int32(min(spec.chunk_size or 0, _MAX_POSITION)),
     )
     return [out[..., :value_dim], lse]
 

@@ -36,6 +36,8 @@ from jax.experimental.custom_partitioning import (
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from jax_flash2 import _compat
+
 # One entry of a spec: the mesh axes that split an array's axis.
 Split = tuple[str, ...]
 
@@ -246,6 +248,7 @@ def partitioned(call: Call) -> Callable[..., list[jax.Array]]:
 
     def partition(mesh: Any, operands: Any, results: Any) -> Any:
         del results
+        _compat.restore_stacks()
         specs = [x.sharding.spec for x in operands]
         _check_whole(call.operands, specs, strict=False)
         lay = layout(call.operands, specs, mesh.shape, strict=False)
@@ -254,7 +257,12 @@ def partitioned(call: Call) -> Callable[..., list[jax.Array]]:
             return [NamedSharding(mesh, lay.spec(a)) for a in arrays]
 
         share = call.share(lay, mesh.shape)
-        return mesh, share, shardings(call.results), tuple(shardings(call.operands))
+
+        def run(*arrays: jax.Array) -> list[jax.Array]:
+            _compat.drop_stacks()
+            return share(*arrays)
+
+        return mesh, run, shardings(call.results), tuple(shardings(call.operands))
 
     def rule(mesh: Any, operands: Any, results: Any) -> SdyShardingRule:
         del mesh, operands, results

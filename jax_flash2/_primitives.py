@@ -181,6 +181,7 @@ def _lower_over_mesh(function: Any, results: Any) -> Any:
     """Lowers an outer primitive: ``function`` does one device's share of it."""
 
     def rule(ctx: Any, *operands: Any, **params: Any) -> Any:
+        _compat.restore_stacks()
         if _compat.without_shardy(ctx):
             raise ValueError(
                 "flash_attention: on several devices jax_use_shardy_partitioner must be "

@@ -1,0 +1,232 @@
+"""Who takes part: us, and every peer that is installed. Each is made ready for a cell.
+
+A contender's factory gets a `Cell` and returns a `Ready`, or raises `Absent` with the
+reason why it does not take part. Peers are imported only there.
+"""
+
+import dataclasses
+import functools
+import sys
+import types
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+class Absent(Exception):
+    """This contender does not take part in this cell."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """One setting: ``[batch, seq, heads, head_dim]`` self-attention."""
+
+    dtype: str
+    head_dim: int
+    causal: bool
+    window: int | None  # keys to the left of a query that it sees
+    seq: int
+    batch: int
+    heads: int
+    heads_kv: int
+
+    @property
+    def scores(self) -> float:
+        """Visible pairs of query and key, as the papers count: causal is one half."""
+        if self.window is not None:
+            rows = min(self.window, self.seq)
+            return rows * self.seq - rows * (rows - 1) / 2
+        return self.seq**2 * (0.5 if self.causal else 1.0)
+
+    def flops(self, which: str) -> float:
+        forward = 4.0 * self.batch * self.heads * self.head_dim * self.scores
+        return {"fwd": forward, "bwd": 2.5 * forward}[which]
+
+
+@dataclasses.dataclass
+class Ready:
+    """A contender with its inputs on the device.
+
+    ``run[which]()`` enqueues one call; ``results(which)`` are NumPy float32 arrays
+    ``[batch, seq, heads, head_dim]``: the output, or the three gradients.
+    """
+
+    run: dict[str, Callable[[], Any]]
+    results: Callable[[str], list[np.ndarray]]
+    synchronize: Callable[[], Any]
+
+
+@functools.lru_cache(maxsize=1)
+def inputs(cell: Cell) -> list[np.ndarray]:
+    """Query, key, value and the output's cotangent, the same for every contender."""
+    rng = np.random.default_rng(0)
+    q = (cell.batch, cell.seq, cell.heads, cell.head_dim)
+    kv = (cell.batch, cell.seq, cell.heads_kv, cell.head_dim)
+    shapes = (q, kv, kv, q)
+    return [rng.standard_normal(s, np.float32) for s in shapes]
+
+
+# ------------------------------------------------------------------------------------ JAX
+
+
+def _jax(call: Callable[..., Any], cell: Cell, passes: list[str]) -> Ready:
+    q, k, v, dout = (jnp.asarray(x, cell.dtype) for x in inputs(cell))
+    forward = jax.jit(call)
+    # The backward alone: everything from the cotangent to the gradients.
+    run: dict[str, Callable[[], Any]] = {"fwd": lambda: forward(q, k, v)}
+    if "bwd" in passes:
+        _, pullback = jax.jit(lambda *x: jax.vjp(call, *x))(q, k, v)
+        backward = jax.jit(lambda f, dout: f(dout))
+        run["bwd"] = lambda: backward(pullback, dout)
+
+    def results(which: str) -> list[np.ndarray]:
+        return [np.asarray(x, np.float32) for x in jax.tree.leaves(run[which]())]
+
+    last: dict[str, Any] = {}
+
+    def keep(which: str) -> Any:
+        # What is waited for: the last result, in order behind all the others.
+        last["result"] = run[which]()
+
+    kept = {which: functools.partial(keep, which) for which in run}
+    return Ready(kept, results, lambda: jax.block_until_ready(last.get("result")))
+
+
+def flash2(implementation: str, cell: Cell, passes: list[str]) -> Ready:
+    import jax_flash2
+
+    window = None if cell.window is None else (cell.window - 1, None)
+    call = functools.partial(
+        jax_flash2.flash_attention,
+        is_causal=cell.causal,
+        local_window_size=window,
+        implementation=implementation,
+    )
+    return _jax(call, cell, passes)
+
+
+def jax_nn(implementation: str, cell: Cell, passes: list[str]) -> Ready:
+    if implementation == "xla" and cell.seq > 4096:
+        raise Absent("its scores would not fit")
+    window = None if cell.window is None else (cell.window - 1, cell.seq)
+    arguments: dict[str, Any] = {"implementation": implementation}
+    call = functools.partial(
+        jax.nn.dot_product_attention,
+        is_causal=cell.causal,
+        local_window_size=window,
+        **arguments,
+    )
+    return _jax(call, cell, passes)
+
+
+def tokamax(cell: Cell, passes: list[str]) -> Ready:
+    if cell.window is not None:
+        raise Absent("not set up for windows")
+    try:  # its benchmarking module wants a tool that attention does not
+        import xprof  # pyright: ignore[reportMissingImports]  # noqa: F401
+    except ImportError:
+        for name in ("xprof", "xprof.cli", "xprof.cli.tools"):
+            sys.modules.setdefault(name, types.ModuleType(name))
+        tool = "get_kernel_stats_tool"
+        stub = types.ModuleType(f"xprof.cli.tools.{tool}")
+        sys.modules.setdefault(stub.__name__, stub)
+        setattr(sys.modules["xprof.cli.tools"], tool, stub)
+    import tokamax  # pyright: ignore[reportMissingImports]
+
+    call = functools.partial(
+        tokamax.dot_product_attention, is_causal=cell.causal, implementation="mosaic"
+    )
+    return _jax(call, cell, passes)
+
+
+def dew(cell: Cell, passes: list[str]) -> Ready:
+    if cell.window is not None:
+        raise Absent("not set up for windows")
+    from dew_flash_attn import flash_mha  # pyright: ignore[reportMissingImports]
+
+    return _jax(functools.partial(flash_mha, is_causal=cell.causal), cell, passes)
+
+
+# ---------------------------------------------------------------------------------- torch
+
+
+def _torch(call: Callable[..., Any], heads_first: bool, cell: Cell) -> Ready:
+    import torch  # pyright: ignore[reportMissingImports]
+
+    def put(x: np.ndarray) -> Any:
+        t = torch.from_numpy(x).cuda().to(getattr(torch, cell.dtype))
+        return (t.transpose(1, 2).contiguous() if heads_first else t).detach()
+
+    q, k, v, dout = map(put, inputs(cell))
+    for x in (q, k, v):
+        x.requires_grad_()
+
+    def forward() -> Any:
+        with torch.no_grad():
+            return call(q, k, v)
+
+    out = call(q, k, v)
+
+    def backward() -> Any:
+        return torch.autograd.grad(out, (q, k, v), dout, retain_graph=True)
+
+    run = {"fwd": forward, "bwd": backward}
+
+    def results(which: str) -> list[np.ndarray]:
+        found = run[which]()
+        found = found if isinstance(found, tuple) else (found,)
+        found = [x.transpose(1, 2) if heads_first else x for x in found]
+        return [x.detach().float().cpu().numpy() for x in found]
+
+    return Ready(run, results, torch.cuda.synchronize)
+
+
+def torch_sdpa(backend: str, cell: Cell, passes: list[str]) -> Ready:
+    del passes
+    if cell.window is not None:
+        raise Absent("has no windows")
+    import torch  # pyright: ignore[reportMissingImports]
+    from torch.nn.attention import (  # pyright: ignore[reportMissingImports]
+        SDPBackend,
+        sdpa_kernel,
+    )
+
+    def call(q: Any, k: Any, v: Any) -> Any:
+        with sdpa_kernel(getattr(SDPBackend, backend)):
+            return torch.nn.functional.scaled_dot_product_attention(
+                q, k, v, is_causal=cell.causal, enable_gqa=cell.heads != cell.heads_kv
+            )
+
+    return _torch(call, True, cell)
+
+
+def fa4(cell: Cell, passes: list[str]) -> Ready:
+    del passes
+    from flash_attn.cute import (  # pyright: ignore[reportMissingImports]
+        flash_attn_func,
+    )
+
+    window = (None, None) if cell.window is None else (cell.window - 1, None)
+
+    def call(q: Any, k: Any, v: Any) -> Any:
+        result = flash_attn_func(q, k, v, causal=cell.causal, window_size=window)
+        return result[0] if isinstance(result, tuple) else result
+
+    return _torch(call, False, cell)
+
+
+CONTENDERS: dict[str, Callable[[Cell, list[str]], Ready]] = {
+    "flash2_sm80": functools.partial(flash2, "cuda_sm80"),
+    "flash2_sm90": functools.partial(flash2, "cuda"),
+    "flash2_blockwise": functools.partial(flash2, "blockwise"),
+    "torch_flash": functools.partial(torch_sdpa, "FLASH_ATTENTION"),
+    "torch_cudnn": functools.partial(torch_sdpa, "CUDNN_ATTENTION"),
+    "jax_cudnn": functools.partial(jax_nn, "cudnn"),
+    "jax_xla": functools.partial(jax_nn, "xla"),
+    "jax_tokamax": tokamax,
+    "fa4": fa4,
+    "jax_dew": dew,
+}

@@ -1,0 +1,81 @@
+"""What the GPU did: kernel times by CUPTI, and its clock. Never a host clock."""
+
+import contextlib
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from statistics import median
+from typing import Any
+
+
+class Kernels:
+    """The kernels that ran inside `recorded`: names and milliseconds, in order.
+
+    Copies and memsets are no kernels and are not in the sum; `wall_ms` bounds them.
+    """
+
+    timings: list[tuple[str, float]]
+    wall_ms: float
+
+    @property
+    def ms(self) -> float:
+        return sum(ms for _, ms in self.timings)
+
+
+@contextlib.contextmanager
+def recorded(synchronize: Callable[[], Any]) -> Iterator[Kernels]:
+    """Records every kernel of this process, whichever framework launches it."""
+    from jax._src.lib import mosaic_gpu
+
+    ext: Any = getattr(mosaic_gpu, "_mosaic_gpu_ext")  # noqa: B009
+    kernels = Kernels()
+    synchronize()
+    ext._cupti_init()
+    start = time.perf_counter()
+    try:
+        yield kernels
+        synchronize()
+        kernels.wall_ms = (time.perf_counter() - start) * 1e3
+    finally:
+        kernels.timings = list(ext._cupti_get_timings(True) or [])
+
+
+def query(fields: str) -> list[str]:
+    command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return [field.strip() for field in done.stdout.splitlines()[0].split(",")]
+
+
+class Clock:
+    """Samples the SM clock in the background."""
+
+    def __init__(self) -> None:
+        self._samples: list[tuple[float, float]] = []
+        self._process = subprocess.Popen(
+            [
+                *("nvidia-smi", "--query-gpu=clocks.sm", "-i", "0"),
+                *("--format=csv,noheader,nounits", "-lms", "50"),
+            ],
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def _read(self) -> None:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            with contextlib.suppress(ValueError):
+                self._samples.append((time.perf_counter(), float(line)))
+
+    def between(self, intervals: list[tuple[float, float]]) -> float | None:
+        """Median clock in MHz inside the intervals of `time.perf_counter`."""
+        seen = [
+            mhz
+            for at, mhz in list(self._samples)
+            if any(start <= at <= end for start, end in intervals)
+        ]
+        return median(seen) if seen else None
+
+    def stop(self) -> None:
+        self._process.terminate()

@@ -1,0 +1,260 @@
+"""Times attention on one GPU, ours beside every peer that is installed.
+
+The papers' setting: 16k tokens in all, hidden size 2048 (32 heads of 64, 16 of 128, 8 of
+256), lengths 512 to 16k, forward, and backward from the cotangent to the gradients of
+query, key and value. All contenders of a cell run in this process, in turns: rounds of at
+least 50 ms of back-to-back calls with pauses between, each round beginning with another
+contender; the median round counts. A call's time is the sum of its kernels' times on the
+device. Before anything is timed its answer is checked.
+
+  python benchmarks/attention.py                                   every cell, everyone
+  python benchmarks/attention.py --impls flash2_sm80 torch_flash --passes fwd --dims 128
+  python benchmarks/attention.py --merge DOWNLOADED.json           merges, times nothing
+
+Rows go to benchmarks/results/<gpu>/attention.json, where those of other settings stay.
+"""
+
+import argparse
+import os
+import sys
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
+import _device
+import _results
+import jax
+import jax.numpy as jnp
+import numpy as np
+from _contenders import CONTENDERS, Absent, Cell, Ready, inputs
+
+ROUND_MS, PAUSE_S, ROUNDS = 50.0, 0.03, 7
+# A contender may be this many times as wrong as the dense path in its own precision.
+TOLERANCE = 3.0
+
+
+def cells(a: argparse.Namespace) -> list[Cell]:
+    found = []
+    for head_dim in a.dims:
+        for causal in a.causal:
+            for seq in a.seqs:
+                heads = a.hidden // head_dim
+                found.append(
+                    Cell(
+                        dtype=a.dtype,
+                        head_dim=head_dim,
+                        causal=bool(causal),
+                        window=a.window,
+                        seq=seq,
+                        batch=max(1, a.tokens // seq),
+                        heads=heads,
+                        heads_kv=heads // a.group,
+                    )
+                )
+    return found
+
+
+# ------------------------------------------------------------------------ the right answer
+
+
+def _dense(q: Any, k: Any, v: Any, cell: Cell, rounded: Any) -> jax.Array:
+    """One head, ``[seq, head_dim]``, float32; ``rounded`` is P's dtype on the way."""
+    highest = jax.lax.Precision.HIGHEST
+    s = jnp.dot(q, k.T, precision=highest) * np.float32(cell.head_dim**-0.5)
+    i, j = jnp.arange(cell.seq)[:, None], jnp.arange(cell.seq)[None]
+    if cell.causal:
+        s = jnp.where(j <= i, s, -jnp.inf)
+    if cell.window is not None:
+        s = jnp.where(j > i - cell.window, s, -jnp.inf)
+    p = jax.nn.softmax(s, axis=-1).astype(rounded).astype(jnp.float32)
+    return jnp.dot(p, v, precision=highest)
+
+
+class Truth:
+    """Output and gradients of a few heads, exact and as rounding would have them."""
+
+    def __init__(self, cell: Cell, passes: list[str]) -> None:
+        self.cell, self.group = cell, cell.heads // cell.heads_kv
+        self.spots = sorted({(0, 0), (cell.batch - 1, cell.heads_kv - 1)})
+        self.want: dict[str, list[Any]] = {w: [] for w in passes}
+        dtype = jnp.dtype(cell.dtype)
+        arrays = [x.astype(dtype).astype(np.float32) for x in inputs(cell)]
+
+        def answer(q: Any, k: Any, v: Any, dout: Any, rounded: Any) -> Any:
+            def call(q: Any, k: Any, v: Any) -> Any:  # q: [group, seq, head_dim]
+                return jax.lax.map(lambda one: _dense(one, k, v, cell, rounded), q)
+
+            if "bwd" not in passes:
+                return [call(q, k, v)]
+            out, pullback = jax.vjp(call, q, k, v)
+            return [out, *pullback(dout)]
+
+        answer = jax.jit(answer, static_argnums=4)
+        for b, h in self.spots:
+            q, dout = (np.moveaxis(self._heads(arrays[i], b, h), 1, 0) for i in (0, 3))
+            k, v = arrays[1][b, :, h], arrays[2][b, :, h]
+            exact = [np.asarray(x) for x in answer(q, k, v, dout, jnp.float32)]
+            near = [np.asarray(x) for x in answer(q, k, v, dout, dtype)]
+            for which, part in (("fwd", slice(0, 1)), ("bwd", slice(1, None))):
+                if which in passes:
+                    self.want[which].append((exact[part], near[part]))
+
+    def _heads(self, x: np.ndarray, b: int, h: int) -> np.ndarray:
+        return x[b, :, h * self.group : (h + 1) * self.group]
+
+    def wrong(self, which: str, got: list[np.ndarray]) -> str | None:
+        """What is wrong with a contender's results, or None."""
+        names = {"fwd": ["out"], "bwd": ["dq", "dk", "dv"]}[which]
+        ulp = 2.0 ** {"bfloat16": -8, "float16": -11}[self.cell.dtype]
+        for (b, h), (exact, near) in zip(self.spots, self.want[which], strict=True):
+            for name, ref, base, full in zip(names, exact, near, got, strict=True):
+                of_query = name in ("out", "dq")
+                mine = self._heads(full, b, h) if of_query else full[b, :, h]
+                mine = np.moveaxis(mine, 1, 0) if of_query else mine
+                largest = np.abs(ref).max()
+                allowed = TOLERANCE * np.abs(base - ref).max() + (1e-5 + ulp) * largest
+                error = np.abs(mine - ref).max()
+                if not error <= allowed:
+                    return f"{name} is off by {error:.2e}; {allowed:.2e} allowed"
+        return None
+
+
+# -------------------------------------------------------------------------------- timing
+
+
+def prepare(cell: Cell, impls: list[str], passes: list[str]) -> dict[str, Ready]:
+    ready = {}
+    truth = Truth(cell, passes)
+    for name in impls:
+        try:
+            one = CONTENDERS[name](cell, passes)
+            for which in passes:
+                wrong = truth.wrong(which, one.results(which))
+                if wrong:
+                    raise Absent(f"wrong answer: {wrong}")
+            ready[name] = one
+        except Absent as reason:
+            print(f"  {name}: {reason}", file=sys.stderr)
+        except Exception as error:  # a peer's own trouble is not ours
+            text = " ".join(str(error).split())[:200]
+            print(f"  {name}: {type(error).__name__}: {text}", file=sys.stderr)
+    return ready
+
+
+def run_round(ready: Ready, which: str, count: int) -> _device.Kernels:
+    call = ready.run[which]
+    with _device.recorded(ready.synchronize) as kernels:
+        for _ in range(count):
+            call()
+    return kernels
+
+
+def measure(
+    ready: dict[str, Ready], which: str, rounds: int, clock: _device.Clock
+) -> dict[str, dict[str, Any]]:
+    """Per contender: milliseconds a call, by device and by wall, and the SM clock."""
+    counts, device, wall = {}, {}, {}
+    busy: dict[str, list[tuple[float, float]]] = {}
+    for name, one in ready.items():
+        run_round(one, which, 3)
+        each = run_round(one, which, 5).ms / 5
+        if each <= 0:
+            raise RuntimeError(f"{name}: CUPTI saw no kernel")
+        counts[name] = max(10, int(ROUND_MS / each) + 1)
+        device[name], wall[name], busy[name] = [], [], []
+    order = list(ready)
+    for turn in range(rounds):
+        shift = turn % len(order) if order else 0
+        for name in order[shift:] + order[:shift]:
+            start = time.perf_counter()
+            kernels = run_round(ready[name], which, counts[name])
+            busy[name].append((start, time.perf_counter()))
+            device[name].append(kernels.ms / counts[name])
+            wall[name].append(kernels.wall_ms / counts[name])
+            time.sleep(PAUSE_S)
+    return {
+        name: {
+            "ms": median(device[name]),
+            "wall_ms": median(wall[name]),
+            "spread": (max(device[name]) - min(device[name])) / median(device[name]),
+            "sm_mhz": clock.between(busy[name]),
+        }
+        for name in order
+    }
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    p.add_argument("--impls", nargs="+", default=list(CONTENDERS), choices=CONTENDERS)
+    p.add_argument(
+        "--passes", nargs="+", default=["fwd", "bwd"], choices=["fwd", "bwd"]
+    )
+    p.add_argument("--dims", nargs="+", type=int, default=[64, 128, 256])
+    p.add_argument("--causal", nargs="+", type=int, default=[0, 1], choices=[0, 1])
+    p.add_argument("--seqs", nargs="+", type=int, default=[512 << i for i in range(6)])
+    p.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16"])
+    p.add_argument("--window", type=int, help="keys that a query sees, with --causal 1")
+    p.add_argument("--group", type=int, default=1, help="query heads per key head")
+    p.add_argument("--tokens", type=int, default=16384)
+    p.add_argument("--hidden", type=int, default=2048)
+    p.add_argument("--rounds", type=int, default=ROUNDS)
+    p.add_argument("--out", type=Path, help="default: results/<gpu>/attention.json")
+    p.add_argument("--commit", default=None, help="where the tree is no git checkout")
+    p.add_argument(
+        "--merge", type=Path, metavar="FILE", help="merge its rows into --out"
+    )
+    a = p.parse_args()
+    if a.window is not None and a.causal != [1]:
+        p.error("--window needs --causal 1: it counts keys to the left")
+
+    if a.merge:
+        new = _results.read(a.merge)
+        folder = _results.FOLDER / gpu_folder(new["meta"]["gpu"])
+        _results.merge(a.out or folder / "attention.json", new["meta"], new["rows"])
+        return
+
+    gpu, driver = _device.query("name,driver_version")
+    meta = {
+        "gpu": gpu,
+        "driver": driver,
+        "versions": _results.versions(),
+        "date": _results.today(),
+    }
+    out = a.out or _results.FOLDER / gpu_folder(gpu) / "attention.json"
+    commit, clock = a.commit or _results.commit(), _device.Clock()
+    try:
+        for cell in cells(a):
+            print(cell, file=sys.stderr, flush=True)
+            ready = prepare(cell, a.impls, a.passes)
+            for which in a.passes:
+                rows = []
+                for name, found in measure(ready, which, a.rounds, clock).items():
+                    tflops = cell.flops(which) / found["ms"] * 1e-9
+                    row = {"impl": name, "pass": which, **vars(cell)}
+                    row |= {
+                        k: v if v is None else round(v, 5) for k, v in found.items()
+                    }
+                    rows.append(row | {"tflops": round(tflops, 1), "commit": commit})
+                    print(
+                        f"  {which} {name:16} {found['ms']:9.4f} ms {tflops:6.0f}"
+                        f" TFLOP/s at {found['sm_mhz'] or 0:.0f} MHz",
+                        flush=True,
+                    )
+                _results.merge(out, meta, rows)
+    finally:
+        clock.stop()
+
+
+def gpu_folder(name: str) -> str:
+    """``h100`` for "NVIDIA H100 80GB HBM3"."""
+    words = [w for w in name.lower().split() if w not in ("nvidia", "geforce", "rtx")]
+    return words[0] if words else "gpu"
+
+
+if __name__ == "__main__":
+    main()

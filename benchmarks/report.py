@@ -1,0 +1,201 @@
+"""Writes the README's figures from the result files, so that none is ever typed.
+
+Between ``<!-- results: NAME -->`` and ``<!-- end -->`` in README.md stands what NAME gives:
+  GPU/fwd, GPU/bwd    TFLOP/s of every contender, such as h100/fwd
+  cpu/speed           milliseconds on CPU, and how many times the dense path's speed
+  cpu/memory          peak memory on CPU
+  NAME/meta           what NAME was measured on, for any of them
+
+  python benchmarks/report.py           rewrites README.md, and the plots results/GPU/*.png
+  python benchmarks/report.py --check   fails where README.md is not what it would write
+"""
+
+import argparse
+import re
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import _results
+
+README = Path(__file__).resolve().parents[1] / "README.md"
+BLOCK = re.compile(r"(<!-- results: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+TITLES = {
+    "jax_xla": "jax.nn, XLA",
+    "torch_flash": "FlashAttention-2 (torch SDPA)",
+    "torch_cudnn": "cuDNN (torch SDPA)",
+    "jax_cudnn": "cuDNN (jax.nn)",
+    "jax_tokamax": "tokamax",
+    "fa4": "FlashAttention, CuTe",
+    "jax_dew": "FlashAttention-3",
+    "flash2_blockwise": "jax_flash2, plain JAX",
+    "flash2_sm80": "**jax_flash2, sm80 kernels**",
+    "flash2_sm90": "**jax_flash2, sm90 kernels**",
+}
+PASSES = {"fwd": "forward", "bwd": "backward"}
+
+
+def table(head: list[str], rows: Iterable[list[str]]) -> str:
+    rule = ["---", *["---:"] * (len(head) - 1)]
+    return "".join(f"| {' | '.join(row)} |\n" for row in [head, rule, *rows])
+
+
+def setting(row: dict[str, Any]) -> bool:
+    """Whether a row belongs to the papers' setting."""
+    plain = row["window"] is None and row["heads"] == row["heads_kv"]
+    hidden = row["heads"] * row["head_dim"] == 2048
+    return plain and hidden and row["seq"] * row["batch"] == 16384
+
+
+def speeds(rows: list[dict[str, Any]], which: str) -> dict[Any, dict[str, Any]]:
+    """``{(head_dim, causal): {impl: {seq: TFLOP/s}}}``, contenders in TITLES' order."""
+    found: dict[Any, dict[str, Any]] = {}
+    for impl in TITLES:
+        for row in rows:
+            fits = row["impl"] == impl and row["pass"] == which and setting(row)
+            if fits and row["dtype"] == "bfloat16":
+                cell = found.setdefault((row["head_dim"], row["causal"]), {})
+                cell.setdefault(impl, {})[row["seq"]] = row["tflops"]
+    return dict(sorted(found.items()))
+
+
+def gpu(results: dict[str, Any], which: str) -> str:
+    parts = []
+    for (head_dim, causal), impls in speeds(results["rows"], which).items():
+        seqs = sorted({seq for by_seq in impls.values() for seq in by_seq})
+        best = {s: max(by_seq.get(s, 0) for by_seq in impls.values()) for s in seqs}
+
+        def show(value: float | None, largest: float) -> str:
+            if value is None:
+                return ""
+            return f"**{value:.0f}**" if value == largest else f"{value:.0f}"
+
+        kind = "causal" if causal else "full"
+        lines = [
+            [TITLES[impl], *(show(by_seq.get(s), best[s]) for s in seqs)]
+            for impl, by_seq in impls.items()
+        ]
+        head = [f"{PASSES[which]}, head_dim {head_dim}, {kind}", *map(str, seqs)]
+        parts.append(table(head, lines))
+    return "\n".join(parts)
+
+
+def cpu_speed(results: dict[str, Any]) -> str:
+    times = {
+        (row["seq"], row["window"], row["pass"], row["impl"]): row["ms"]
+        for row in results["rows"]
+    }
+    lines = []
+    for seq, window, which in dict.fromkeys(k[:3] for k in times):
+        ours = times[seq, window, which, "flash2_blockwise"]
+        dense = times.get((seq, window, which, "jax_xla"))
+        lines.append(
+            [
+                f"{seq}" + (f", window {window}" if window else ""),
+                {"fwd": "forward", "fwdbwd": "forward + backward"}[which],
+                f"{ours:.0f}",
+                "" if dense is None else f"{dense:.0f}",
+                "" if dense is None else f"{dense / ours:.1f}",
+            ]
+        )
+    head = ["length, causal", "pass", "jax_flash2, ms", "jax.nn, ms", "times as fast"]
+    return table(head, lines)
+
+
+def cpu_memory(results: dict[str, Any]) -> str:
+    peaks = {(row["impl"], row["seq"]): row["call_mib"] for row in results["rows"]}
+    seqs = sorted({seq for _, seq in peaks})
+    lines = [
+        [title, *(str(peaks.get((impl, s), "")) for s in seqs)]
+        for impl, title in (("flash2_blockwise", "jax_flash2"), ("jax_xla", "jax.nn"))
+    ]
+    return table(["peak of forward + backward, MiB", *map(str, seqs)], lines)
+
+
+def about(results: dict[str, Any]) -> str:
+    meta = results["meta"]
+    machine = meta.get("gpu") or meta.get("cpu")
+    driver = [f"driver {meta['driver']}"] if "driver" in meta else []
+    versions = [f"{k} {v}" for k, v in meta["versions"].items()]
+    return ", ".join([machine, *driver, *versions, meta["date"]]) + "\n"
+
+
+def block(name: str) -> str:
+    folder, which, *rest = name.split("/")
+    file = f"{which}.json" if folder == "cpu" else "attention.json"
+    path = _results.FOLDER / folder / file
+    if not path.exists():
+        sys.exit(f"README.md wants {name}, but there is no {path}")
+    results = _results.read(path)
+    if rest == ["meta"]:
+        return about(results)
+    if folder == "cpu":
+        return {"speed": cpu_speed, "memory": cpu_memory}[which](results)
+    return gpu(results, which)
+
+
+def plot(folder: Path) -> None:
+    """One picture a pass: TFLOP/s over length, a panel for each head_dim and mask."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rows = _results.read(folder / "attention.json")["rows"]
+    colours = {impl: f"C{n}" for n, impl in enumerate(TITLES)}
+    for which, title in PASSES.items():
+        panels = speeds(rows, which)
+        if not panels:
+            continue
+        dims = sorted({head_dim for head_dim, _ in panels})
+        figure, axes = pyplot.subplots(
+            2, len(dims), squeeze=False, sharey=True, figsize=(4 * len(dims), 6.5)
+        )
+        for (head_dim, causal), impls in panels.items():
+            ax = axes[int(causal)][dims.index(head_dim)]
+            ax.set_title(f"head_dim {head_dim}, {'causal' if causal else 'full'}")
+            for impl, by_seq in impls.items():
+                ours = impl.startswith("flash2")
+                seqs = sorted(by_seq)
+                ax.plot(
+                    seqs,
+                    [by_seq[s] for s in seqs],
+                    label=TITLES[impl].replace("*", ""),
+                    color=colours[impl],
+                    linewidth=2.5 if ours else 1.2,
+                    marker="o" if ours else ".",
+                )
+            ticks = sorted({seq for by_seq in impls.values() for seq in by_seq})
+            ax.set_xscale("log", base=2)
+            ax.set_xticks(ticks, [str(seq) for seq in ticks])
+            ax.minorticks_off()
+            ax.grid(alpha=0.3)
+        for row in axes:
+            row[0].set_ylabel("TFLOP/s")
+            row[0].set_ylim(bottom=0)
+        lines = {line.get_label(): line for ax in axes.flat for line in ax.get_lines()}
+        figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncol=4)
+        figure.suptitle(f"Attention {title}, bfloat16, 16k tokens, hidden size 2048")
+        figure.set_layout_engine("constrained")
+        figure.savefig(folder / f"{title}.png", dpi=110, metadata={"Software": None})
+        pyplot.close(figure)
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    p.add_argument("--check", action="store_true")
+    a = p.parse_args()
+    text = README.read_text()
+    new = BLOCK.sub(lambda m: f"{m[1]}{block(m[2])}{m[3]}", text)
+    if a.check:
+        sys.exit("README.md: run benchmarks/report.py" if new != text else 0)
+    README.write_text(new)
+    for path in sorted(_results.FOLDER.glob("*/attention.json")):
+        plot(path.parent)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,228 @@
+#!/usr/bin/env python3
+"""Train a GPT with jax_flash2's attention on the sources of Python's standard library.
+
+  python examples/train_gpt.py              three minutes on two CPU cores
+  python examples/train_gpt.py --resume     go on after an interruption
+  python examples/train_gpt.py --preset gpt3-125m --out runs/125m        on a GPU
+  python examples/train_gpt.py --data my/texts --out runs/mine --steps 3000
+
+It reads text as bytes and predicts each byte from those before it. DIR gets
+checkpoints, the losses (history.json, loss.png) and a sample of generated text.
+"""
+
+import contextlib
+import dataclasses
+import json
+import math
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+try:
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+    from flax import nnx
+    from gpt import cli
+    from gpt.config import Config, Options
+    from gpt.data import START, Corpus
+    from gpt.model import generate
+    from gpt.report import Progress, loss_curves
+    from gpt.rundir import Checkpoints, History, prepare, write
+    from gpt.training import Metrics, Trainer, abstract_model, peak_flops
+except ModuleNotFoundError as error:
+    sys.exit(f'{error}. The examples need: pip install ".[examples]"')
+
+
+def main(arguments: list[str] | None = None) -> int:
+    args = cli.parse(__doc__, arguments)
+    device = jax.devices()[0]
+    default_dtype = "bfloat16" if device.platform == "gpu" else "float32"
+    try:
+        config, options, corpus = cli.settle(args, default_dtype)
+        check_device(config, device)
+        prepare(
+            options.out,
+            dataclasses.asdict(config),
+            resume=options.resume,
+            overwrite=options.overwrite,
+        )
+    except ValueError as error:
+        sys.exit(f"train_gpt.py: {error}")
+    # float32 means float32: left alone, a GPU would multiply in TensorFloat-32.
+    exact = jax.default_matmul_precision("highest")
+    with exact if config.dtype == "float32" else contextlib.nullcontext():
+        try:
+            return run(config, options, corpus, device)
+        except KeyboardInterrupt:
+            return 128 + signal.SIGINT
+
+
+def check_device(config: Config, device: Any) -> None:
+    if config.attention == "cudnn" and device.platform != "gpu":
+        raise ValueError(
+            f"--attention cudnn needs a GPU; got the platform {device.platform}"
+        )
+    if config.attention == "cudnn" and config.dtype == "float32":
+        raise ValueError("--attention cudnn needs --dtype bfloat16; got float32")
+
+
+def run(config: Config, options: Options, corpus: Corpus, device: Any) -> int:
+    """Trains from the last checkpoint, or the beginning, to the end."""
+    trainer = Trainer(config, options.remat, options.scan)
+    checkpoints = Checkpoints(options.out)
+    first = checkpoints.latest() or 0
+    if first:
+        state, history = checkpoints.restore(first, trainer.abstract_state())
+    else:
+        state, history = trainer.init(jax.random.key(config.seed)), History()
+    print(
+        f"{config.layers} layers of width {config.width}, {trainer.num_params:,} "
+        f"parameters, {config.dtype}, {config.attention} attention, on "
+        f"{device.device_kind}\n"
+        f"{corpus.files} files of {config.data}: {len(corpus.train):,} bytes to train "
+        f"on, {len(corpus.validation):,} to validate\n"
+        f"step {first} of {config.steps}, {config.tokens_per_step:,} tokens each, "
+        f"into {options.out}",
+        flush=True,
+    )
+
+    def train_batch(step: int) -> np.ndarray:
+        return corpus.train_batch(config.seed, step, config.batch, config.length)
+
+    began = time.perf_counter()
+    train_step = trainer.step.lower(state, train_batch(first)).compile()
+    print(f"compiled in {time.perf_counter() - began:.1f} s", flush=True)
+
+    progress = Progress(
+        steps=config.steps,
+        first=first,
+        tokens_per_step=config.tokens_per_step,
+        flops_per_token=trainer.flops_per_token(),
+        peak=peak_flops(device, config.dtype),
+        terminal=sys.stderr.isatty(),
+    )
+    validation = corpus.validation_batches(
+        config.eval_batches, config.batch, config.length
+    )
+
+    def record(step: int, metrics: Metrics) -> None:
+        loss = float(metrics.loss)
+        if not math.isfinite(loss):
+            sys.exit(
+                f"train_gpt.py: the loss must be finite; got {loss} at step {step}. "
+                "Try a lower --learning-rate."
+            )
+        history.loss.append(loss)
+        history.grad_norm.append(float(metrics.grad_norm))
+        progress.step(step, loss)
+
+    def validate(step: int) -> None:
+        with progress.paused():
+            losses = [float(trainer.loss(state.params, b)) for b in validation]
+        history.validation_step.append(step)
+        history.validation_loss.append(sum(losses) / len(losses))
+        progress.validated(step, history.validation_loss[-1])
+
+    def checkpoint(step: int) -> None:
+        with progress.paused():
+            checkpoints.save(step, state, history)
+            report(config, history, options.out)
+
+    with (
+        contextlib.closing(checkpoints),
+        contextlib.closing(progress),
+        Interrupt() as interrupt,
+    ):
+        if first == 0:
+            validate(0)
+        # Metrics are read one step late: the device has its next step already.
+        unread = None
+        for step in range(first + 1, config.steps + 1):
+            state, metrics = train_step(state, train_batch(step))
+            if unread is not None:
+                record(*unread)
+            unread = (step, metrics)
+
+            stop = interrupt.received
+            last = step == config.steps
+            to_validate = step % config.eval_every == 0 or last
+            to_save = step % options.checkpoint_every == 0 or last or stop
+            if to_validate or to_save:
+                record(*unread)
+                unread = None
+            if to_validate:
+                validate(step)
+            if to_save:
+                checkpoint(step)
+            if stop and not last:
+                print(
+                    f"stopped at step {step} of {config.steps}; "
+                    f"go on with --out {options.out} --resume"
+                )
+                return 128 + stop
+
+    print(
+        f"validation loss {history.validation_loss[0]:.3f} -> "
+        f"{history.validation_loss[-1]:.3f}; losses in {options.out / 'loss.png'} and "
+        f"{options.out / 'history.json'}"
+    )
+    if first == config.steps:  # it may have been killed before it wrote them
+        report(config, history, options.out)
+    if options.sample:
+        text = sample(config, options, state.params)
+        write(options.out / "sample.txt", text)
+        print(f"a sample, after the prompt {options.prompt!r}:\n\n{text}")
+    return 0
+
+
+def report(config: Config, history: History, out: Path) -> None:
+    """Writes history.json and loss.png."""
+    write(out / "history.json", json.dumps(dataclasses.asdict(history)) + "\n")
+    title = f"{config.preset}, {config.attention} attention, {config.dtype}"
+    write(out / "loss.png", loss_curves(history, title))
+
+
+def sample(config: Config, options: Options, params: Any) -> str:
+    """The prompt and what the model makes of it, as printable text."""
+    # Flash2Attention has the cache; the other choices have the same parameters.
+    graph, _ = abstract_model(dataclasses.replace(config, attention="flash2"))
+
+    @jax.jit
+    def generated(params, prompt, key):
+        model = nnx.merge(graph, params)
+        return generate(model, prompt, options.sample, key, options.temperature)
+
+    prompt = START + options.prompt.encode()
+    tokens = jnp.array([list(prompt)], jnp.int32)
+    more = generated(params, tokens, jax.random.key(config.seed))
+    text = options.prompt + bytes(more[0].tolist()).decode(errors="replace")
+    text = text.replace(START.decode(), "\n[end of file]\n")
+    return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
+
+
+class Interrupt:
+    """Makes the first Ctrl-C or SIGTERM a request; the second one stops at once."""
+
+    received: int = 0
+
+    def __enter__(self) -> "Interrupt":
+        signals = (signal.SIGINT, signal.SIGTERM)
+        self._handlers = {s: signal.signal(s, self._receive) for s in signals}
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+
+    def _receive(self, number: int, _) -> None:
+        if self.received:
+            raise KeyboardInterrupt
+        self.received = number
+        print("\nstopping after this step; again to stop at once", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,188 @@
+// The plan's promises, for every GPU it may meet and without one.
+#include "plan.h"
+
+#include <cstdint>
+#include <limits>
+#include <string>
+
+#include "check.h"
+
+using namespace flash2;
+
+namespace {
+
+constexpr Device kA100{80, 108, 166912, 167936};
+constexpr Device kA10{86, 72, 101376, 102400};
+constexpr Device kL4{89, 58, 101376, 102400};
+constexpr Device kH100{90, 132, 232448, 233472};
+constexpr Device kNewer{120, 170, 101376, 102400};
+constexpr Device kDevices[] = {kA100, kA10, kL4, kH100, kNewer};
+
+// Addresses are planned with, never read.
+const void* address(std::uintptr_t bytes) { return reinterpret_cast<const void*>(bytes); }
+
+ForwardProblem problem(int32_t head_dim = 128, int32_t seq_q = 512, int32_t seq_kv = 512,
+                       int32_t batch = 2, int32_t heads_q = 16, int32_t heads_kv = 16) {
+  ForwardProblem p;
+  p.query = address(1 << 20);
+  p.key = address(2 << 20);
+  p.value = address(3 << 20);
+  p.out = const_cast<void*>(address(4 << 20));
+  p.lse = static_cast<float*>(const_cast<void*>(address(5 << 20)));
+  p.batch = batch;
+  p.heads_q = heads_q;
+  p.heads_kv = heads_kv;
+  p.seq_q = seq_q;
+  p.seq_kv = seq_kv;
+  p.head_dim = p.head_dim_v = head_dim;
+  const auto strides = [&](int64_t length, int64_t heads) {
+    return Strides{length * heads * head_dim, heads * head_dim, head_dim};
+  };
+  p.query_stride = p.out_stride = strides(seq_q, heads_q);
+  p.key_stride = p.value_stride = strides(seq_kv, heads_kv);
+  return p;
+}
+
+std::string show(const Device& d, const ForwardProblem& p) {
+  return "cc " + std::to_string(d.compute_capability) + ", head_dim " +
+         std::to_string(p.head_dim) + "/" + std::to_string(p.head_dim_v) + ", lengths " +
+         std::to_string(p.seq_q) + "/" + std::to_string(p.seq_kv) + ", batch " +
+         std::to_string(p.batch) + ", heads " + std::to_string(p.heads_q);
+}
+
+void check_sound(const Device& d, const ForwardProblem& p) {
+  const ForwardPlan plan = plan_forward(d, p);
+  const std::string text = show(d, p) + ": " + describe(plan.status);
+  CHECK(plan.status == PlanStatus::kOk, text);
+  if (plan.status != PlanStatus::kOk) return;
+  CHECK(!plan.empty, text);
+  CHECK(plan.head_dim >= p.head_dim && plan.head_dim >= p.head_dim_v, text);
+  CHECK(plan.smem_bytes <= static_cast<uint32_t>(d.smem_per_block),
+        text << ", " << plan.smem_bytes << " bytes of shared memory");
+  CHECK(plan.block % 32 == 0 && plan.block >= 32 && plan.block <= 1024, text << plan.block);
+  CHECK(plan.grid >= 1 && plan.grid <= 0x7fffffffu, text << plan.grid);
+  CHECK(static_cast<int64_t>(plan.tiles_q) * plan.tile_q >= p.seq_q, text);
+  CHECK(static_cast<int64_t>(plan.tiles_q - 1) * plan.tile_q < p.seq_q, text);
+}
+
+void check_refused(const ForwardProblem& p, PlanStatus status, const Device& d = kH100) {
+  const ForwardPlan plan = plan_forward(d, p);
+  CHECK(plan.status == status, show(d, p) << ": expected '" << describe(status) << "', got '"
+                                          << describe(plan.status) << "'");
+}
+
+}  // namespace
+
+CASE(every_head_dim_fits_every_gpu) {
+  for (const Device& d : kDevices) {
+    for (int head_dim = 8; head_dim <= 256; head_dim += 8) {
+      for (bool causal : {false, true}) {
+        for (DataType type : {DataType::kFloat16, DataType::kBFloat16}) {
+          ForwardProblem p = problem(head_dim);
+          p.is_causal = causal;
+          p.data_type = type;
+          check_sound(d, p);
+        }
+      }
+    }
+  }
+}
+
+CASE(every_length_is_covered) {
+  for (const Device& d : kDevices) {
+    for (int seq_q : {1, 2, 9, 63, 64, 65, 127, 128, 129, 191, 1000, 16384, 1 << 20}) {
+      for (int seq_kv : {1, 7, 64, 65, 16384}) check_sound(d, problem(128, seq_q, seq_kv));
+    }
+  }
+}
+
+CASE(value_may_have_a_head_dim_of_its_own) {
+  for (const Device& d : kDevices) {
+    for (int head_dim_v : {8, 64, 72, 128, 136, 256}) {
+      ForwardProblem p = problem(64);
+      p.head_dim_v = head_dim_v;
+      p.value_stride = {512LL * 16 * head_dim_v, 16LL * head_dim_v, head_dim_v};
+      p.out_stride = p.value_stride;
+      check_sound(d, p);
+    }
+  }
+}
+
+CASE(more_heads_than_a_grid_axis_holds) {
+  check_sound(kH100, problem(64, 1, 64, 71280, 1, 1));
+  check_sound(kH100, problem(64, 1, 64, 1, 71280, 1));
+  check_sound(kH100, problem(128, 1, 1, 8300, 16, 16));
+}
+
+CASE(heads_may_be_grouped) {
+  for (int heads_kv : {1, 2, 4, 8, 16}) check_sound(kA10, problem(128, 512, 512, 2, 16, heads_kv));
+}
+
+CASE(nothing_to_write_is_no_launch) {
+  for (const ForwardProblem& p :
+       {problem(128, 0, 512), problem(128, 512, 512, 0), problem(128, 0, 0, 0)}) {
+    const ForwardPlan plan = plan_forward(kH100, p);
+    CHECK(plan.status == PlanStatus::kOk && plan.empty, describe(plan.status));
+  }
+}
+
+CASE(no_keys_still_writes_empty_rows) { check_sound(kH100, problem(128, 512, 0)); }
+
+CASE(same_problem_same_plan) {
+  const ForwardPlan a = plan_forward(kH100, problem()), b = plan_forward(kH100, problem());
+  CHECK(a.variant == b.variant && a.grid == b.grid && a.smem_bytes == b.smem_bytes, "");
+}
+
+CASE(refuses_old_gpus) {
+  check_refused(problem(), PlanStatus::kDeviceTooOld, Device{75, 40, 65536, 65536});
+  check_refused(problem(), PlanStatus::kDeviceTooOld, Device{70, 80, 98304, 98304});
+}
+
+CASE(refuses_head_dims) {
+  for (int head_dim : {0, 4, 12, 100, 264, 512}) {
+    check_refused(problem(head_dim), PlanStatus::kHeadDim);
+  }
+  ForwardProblem p = problem();
+  p.head_dim_v = 257;
+  check_refused(p, PlanStatus::kHeadDim);
+}
+
+CASE(refuses_heads_that_do_not_divide) {
+  check_refused(problem(128, 512, 512, 2, 16, 3), PlanStatus::kHeads);
+  check_refused(problem(128, 512, 512, 2, 16, 0), PlanStatus::kHeads);
+}
+
+CASE(refuses_what_overflows) {
+  check_refused(problem(128, kMaxPosition + 1, 512, 1, 1, 1), PlanStatus::kTooLong);
+  check_refused(problem(128, 512, kMaxPosition + 1, 1, 1, 1), PlanStatus::kTooLong);
+  ForwardProblem p = problem();
+  p.window_left = std::numeric_limits<int32_t>::max();
+  check_refused(p, PlanStatus::kTooLong);
+  check_refused(problem(8, kMaxPosition, 1, 1 << 16, 1 << 4, 1), PlanStatus::kTooManyTiles);
+}
+
+CASE(refuses_half_the_segment_ids) {
+  ForwardProblem p = problem();
+  p.query_segment_ids.data = static_cast<const int32_t*>(address(6 << 20));
+  check_refused(p, PlanStatus::kSegmentIds);
+}
+
+CASE(refuses_negative_arguments) {
+  ForwardProblem p = problem();
+  p.chunk_size = -1;
+  check_refused(p, PlanStatus::kNegativeArgument);
+  p = problem();
+  p.soft_cap = -1.0f;
+  check_refused(p, PlanStatus::kNegativeArgument);
+}
+
+CASE(refuses_misaligned_operands) {
+  ForwardProblem p = problem();
+  p.key = address((2 << 20) + 8);
+  check_refused(p, PlanStatus::kAlignment);
+  p = problem();
+  p.value_stride.row += 4;
+  check_refused(p, PlanStatus::kAlignment);
+}
+
+int main(int argc, char** argv) { return run_cases(argc, argv); }

@@ -1,0 +1,59 @@
+"""compute-sanitizer over every kernel, launched without XLA and its kernels.
+
+Each tool must first find the fault that is planted for it. The program is
+tests/cpp/launch_test.cu; JAX_FLASH2_LAUNCH_TEST names one that is built already.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+TOOLS = ("memcheck", "racecheck", "synccheck")
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory) -> str:
+    if built := os.environ.get("JAX_FLASH2_LAUNCH_TEST"):
+        return built
+    build = tmp_path_factory.mktemp("launch_test")
+    configure = ["cmake", "-S", str(ROOT), "-B", str(build)]
+    configure += ["-DJAX_FLASH2_CUDA=on", "-DJAX_FLASH2_TESTS=ON"]
+    subprocess.run(configure, check=True)
+    compile_ = ["cmake", "--build", str(build), "--parallel", "--target", "launch_test"]
+    subprocess.run(compile_, check=True)
+    return str(build / "launch_test")
+
+
+def sanitize(tool: str, *command: str) -> tuple[int, str]:
+    """Number of findings, and the output."""
+    sanitizer = shutil.which("compute-sanitizer")
+    assert sanitizer, "compute-sanitizer, of the CUDA toolkit, is not on the PATH"
+    done = subprocess.run(
+        [sanitizer, "--tool", tool, "--print-limit", "20", *command],
+        capture_output=True,
+        text=True,
+    )
+    text = done.stdout + done.stderr
+    found = re.findall(r"(?:ERROR SUMMARY|RACECHECK SUMMARY): (\d+)", text)
+    assert found, text[-3000:]
+    return int(found[-1]), text
+
+
+@pytest.mark.parametrize("tool", TOOLS)
+def test_tool_finds_its_planted_fault(tool, program, facts):
+    count, text = sanitize(tool, program, "--plant", tool)
+    assert count > 0, text[-3000:]
+    facts("sanitizer", tool, "planted", "found")
+
+
+@pytest.mark.parametrize("tool", TOOLS)
+def test_kernels_are_clean(tool, program, facts):
+    count, text = sanitize(tool, program)
+    facts("sanitizer", tool, "findings", count)
+    assert count == 0, text[-3000:]
+    assert re.search(r"^\d+ problems$", text, re.MULTILINE), text[-3000:]

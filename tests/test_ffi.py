@@ -1,0 +1,195 @@
+"""The compiled module without a GPU: what it says of itself, and what it refuses."""
+
+import importlib
+import re
+import types
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from jax_flash2 import _ffi
+from jax_flash2._spec import AttentionSpec, Operands
+
+needs_module = pytest.mark.skipif(
+    _ffi.build_info() is None, reason="this install has no CUDA kernels"
+)
+
+
+def operands(head_dim=64, dtype=jnp.bfloat16, **sides):
+    query = jax.ShapeDtypeStruct((2, 128, 8, head_dim), dtype)
+    key = jax.ShapeDtypeStruct((2, 96, 2, head_dim), dtype)
+    return Operands(query=query, key=key, value=key, **sides)
+
+
+def lowered(spec, x):
+    names = [name for name, a in x._asdict().items() if a is not None]
+
+    def run(*arrays):
+        return _ffi.forward(spec, Operands(**dict(zip(names, arrays, strict=True))))
+
+    arrays = [getattr(x, name) for name in names]
+    return jax.jit(run).trace(*arrays).lower(lowering_platforms=("cuda",)).as_text()
+
+
+@needs_module
+def test_build_info_tells_compiler_architectures_and_versions():
+    info = _ffi.build_info()
+    assert re.fullmatch(r"nvcc \d+\.\d+\.\d+", info["compiler"])
+    assert {"80-real", "90-real", "80-virtual"} <= set(info["architectures"].split())
+    assert info["cuda"] >= (12, 4)
+    # Of the oldest jaxlib that is supported, whatever is installed here.
+    assert info["ffi"] == (0, 3)
+
+
+@needs_module
+def test_every_target_of_the_module_is_known_here():
+    assert set(_ffi._module.registrations()) == set(_ffi.TARGETS)
+
+
+@needs_module
+def test_kernels_are_available_for_lowering_where_there_is_no_gpu():
+    assert _ffi.unavailable() is None
+
+
+def test_newer_ffi_than_jaxlib_is_refused_and_older_is_not():
+    assert _ffi.ffi_problem((0, 3), (0, 3)) is None
+    assert _ffi.ffi_problem((0, 3), (0, 5)) is None
+    assert _ffi.ffi_problem((0, 3), None) is None
+    message = _ffi.ffi_problem((0, 5), (0, 4))
+    assert "XLA FFI 0.5" in message
+    assert "jaxlib has 0.4" in message
+
+
+def test_installed_ffi_version_is_read_from_jaxlib():
+    assert (0, 3) <= _ffi._installed_ffi() < (1, 0)
+
+
+@pytest.mark.parametrize("driver", [(0, 0), (13, 0), (13, 2), (14, 0)])
+def test_driver_serves_its_own_and_older_cuda(driver):
+    assert _ffi.driver_problem((13, 0), driver) is None
+
+
+def test_old_driver_is_refused_with_the_number_to_update_to():
+    message = _ffi.driver_problem((13, 0), (12, 8))
+    assert "driver 580 or newer" in message
+    assert "CUDA up to 12.8" in message
+
+
+def test_old_gpu_is_refused_by_its_compute_capability():
+    assert _ffi.gpu_problem(["8.0", "8.6", "8.9", "9.0", "12.0"]) is None
+    assert _ffi.gpu_problem([]) is None
+    assert "got 7.5" in _ffi.gpu_problem(["9.0", "7.5"])
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (ModuleNotFoundError("No module named '_cuda'"), "has no CUDA kernels"),
+        (ImportError("libfoo.so.6: cannot open"), "failed to load (libfoo.so.6"),
+    ],
+)
+def test_missing_module_is_a_sentence_with_a_remedy(monkeypatch, error, says):
+    def fail(name):
+        raise error
+
+    monkeypatch.setattr(importlib, "import_module", fail)
+    module, message = _ffi._load()
+    assert module is None
+    assert says in message
+    assert "JAX_FLASH2_CUDA=pypi" in message
+
+
+def test_module_newer_than_jaxlib_is_not_registered(monkeypatch):
+    """XLA would refuse the handlers, and with them the whole CUDA backend."""
+
+    def registrations():
+        raise AssertionError("must not be asked for")
+
+    module = types.SimpleNamespace(
+        build_info=lambda: {"ffi": (0, 99)}, registrations=registrations
+    )
+    monkeypatch.setattr(importlib, "import_module", lambda name: module)
+    assert "XLA FFI 0.99" in _ffi._load()[1]
+
+
+LENGTHS = jax.ShapeDtypeStruct((2,), jnp.int32)
+
+
+@pytest.mark.parametrize(
+    ("spec", "x", "says"),
+    [
+        (AttentionSpec(), operands(dtype=jnp.float32), "got float32"),
+        (AttentionSpec(), operands(head_dim=264), "head_dim up to 256; got 264"),
+        (AttentionSpec(), operands(bias=LENGTHS), "no dense bias"),
+        (AttentionSpec(), operands(mask=LENGTHS), "no dense mask"),
+        (AttentionSpec(dropout_rate=0.5), operands(), "no dropout"),
+        (AttentionSpec(return_max_logit=True), operands(), "return_max_logit"),
+    ],
+)
+def test_what_the_forward_kernels_lack_is_named(spec, x, says):
+    assert says in _ffi.forward_lack(spec, x)
+
+
+def test_forward_kernels_lack_nothing_else():
+    spec = AttentionSpec(
+        scale=0.5, is_causal=True, window=(3, None), chunk_size=7, soft_cap=5.0
+    )
+    x = operands(key_value_seq_lengths=LENGTHS, query_offset=LENGTHS)
+    assert _ffi.forward_lack(spec, x) is None
+
+
+def test_forced_kernels_raise_with_the_reason(monkeypatch):
+    monkeypatch.setattr(_ffi, "unavailable", lambda: None)
+    spec = AttentionSpec(implementation="cuda")
+    assert _ffi.use_kernels(spec, None)
+    with pytest.raises(NotImplementedError, match="implementation='cuda': the reason"):
+        _ffi.use_kernels(spec, "the reason")
+
+
+def test_fallback_warns_once_for_each_reason(monkeypatch):
+    monkeypatch.setattr(_ffi, "unavailable", lambda: None)
+    monkeypatch.setattr(_ffi, "_warned", set())
+    with pytest.warns(UserWarning, match="first reason"):
+        assert not _ffi.use_kernels(AttentionSpec(), "first reason")
+    assert not _ffi.use_kernels(AttentionSpec(), "first reason")
+    with pytest.warns(UserWarning, match="second reason"):
+        assert not _ffi.use_kernels(AttentionSpec(), "second reason")
+
+
+def test_call_passes_operands_as_they_are():
+    spec = AttentionSpec(scale=0.5, is_causal=True, window=(3, None))
+    x = operands(
+        key_value_seq_lengths=LENGTHS,
+        sinks=jax.ShapeDtypeStruct((1, 8), jnp.float32),
+        alibi_slopes=jax.ShapeDtypeStruct((2, 1), jnp.float32),
+    )
+    text = lowered(spec, x)
+    assert text.count("stablehlo.custom_call") == 1
+    assert f"@{_ffi.FORWARD}" in text
+    assert 'operands = "key_value_seq_lengths,alibi_slopes,sinks"' in text
+    assert "window_left = 3 : i32, window_right = -1 : i32" in text
+    for word in ("transpose", "pad", "reshape", "broadcast", "convert"):
+        assert f"stablehlo.{word}" not in text
+
+
+@pytest.mark.parametrize("head_dim", [1, 60, 100])
+def test_head_dims_that_are_no_multiple_of_8_are_padded(head_dim):
+    text = lowered(AttentionSpec(scale=0.5), operands(head_dim=head_dim))
+    padded = head_dim + -head_dim % 8
+    assert f"tensor<2x128x8x{padded}xbf16>, tensor<2x96x2x{padded}xbf16>" in text
+
+
+def test_window_wider_than_any_length_is_unbounded():
+    text = lowered(AttentionSpec(scale=1.0, window=(2**31 - 1, 0)), operands())
+    assert "window_left = -1 : i32, window_right = 0 : i32" in text
+
+
+def test_sides_are_given_in_the_handlers_dtypes():
+    x = operands(
+        scale=jax.ShapeDtypeStruct((2,), jnp.bfloat16),
+        sinks=jax.ShapeDtypeStruct((1, 8), jnp.bfloat16),
+    )
+    call = re.search(r"custom_call.*", lowered(AttentionSpec(), x))[0]
+    assert "tensor<2xf32>, tensor<1x8xf32>)" in call
+    assert "scale = 1.000000e+00" in call
