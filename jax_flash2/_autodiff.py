@@ -68,7 +68,7 @@ def _attend_backward(spec: AttentionSpec, residuals: Any, cotangents: Any) -> An
     x, out, lse, wanted = residuals
     dout, dlse, _ = cotangents
     if isinstance(dout, SymbolicZero):
-        dout = jnp.zeros(dout.shape, dout.dtype)
+        dout = jnp.zeros_like(out)
     if isinstance(dlse, SymbolicZero):
         dlse = None
     if x.query_seq_lengths is not None:

@@ -118,7 +118,9 @@ def _forward_entry(
         out = o / (divisor * jnp.asarray(1 - spec.dropout_rate, dtype))[..., None]
         return out.astype(x.query.dtype), lse, largest
 
-    out, lse, largest = lax.map(query_block, jnp.arange(sizes.q_blocks, dtype=jnp.int32))
+    out, lse, largest = lax.map(
+        query_block, jnp.arange(sizes.q_blocks, dtype=jnp.int32)
+    )
     return {
         "out": _join_blocks(out, 1),
         "lse": _join_blocks(lse, 1),
@@ -250,7 +252,9 @@ def _backward_entry(
         return state, (dk.astype(x.key.dtype), dv.astype(x.value.dtype))
 
     state = {name: jnp.zeros(getattr(x, name).shape, dtype) for name in ("query", *wrt)}
-    grads, (dk, dv) = lax.scan(key_block, state, jnp.arange(sizes.kv_blocks, dtype=jnp.int32))
+    grads, (dk, dv) = lax.scan(
+        key_block, state, jnp.arange(sizes.kv_blocks, dtype=jnp.int32)
+    )
     grads["query"] = grads["query"].astype(x.query.dtype)
     return grads | {"key": _join_blocks(dk, 0), "value": _join_blocks(dv, 0)}
 
@@ -312,7 +316,9 @@ def _scores(spec: AttentionSpec, tile: _Tile) -> _Scores:
     if x.bias is not None:
         s = s + x.bias.astype(dtype)
     if x.alibi_slopes is not None:
-        s = s - x.alibi_slopes.astype(dtype)[:, None, None] * tile.distance.astype(dtype)
+        s = s - x.alibi_slopes.astype(dtype)[:, None, None] * tile.distance.astype(
+            dtype
+        )
     seen = _mask.visible(spec, tile.row, tile.column, x, 0)
     if seen is not None:
         s = jnp.where(seen[None], s, -jnp.inf)
@@ -380,9 +386,7 @@ class _Sizes(NamedTuple):
         return -(-self.kv_length // self.kv_block)
 
 
-def _prepare(
-    spec: AttentionSpec, x: Operands
-) -> tuple[_Sizes, dict[str, jax.Array]]:
+def _prepare(spec: AttentionSpec, x: Operands) -> tuple[_Sizes, dict[str, jax.Array]]:
     """Sizes, and the operands as ``(B or 1, kv heads or 1, axes of an entry...)``.
 
     Lengths are padded to whole blocks; padded keys lie past ``key_value_seq_lengths``.
@@ -510,8 +514,12 @@ def _for_each_entry(
             sums = {name: total + result.pop(name) for name, total in sums.items()}
             return sums, result
 
-        shapes = jax.eval_shape(lambda m: f(shared | m), {n: a[0] for n, a in mapped.items()})
-        zeros = {name: jnp.zeros(shapes[name].shape, shapes[name].dtype) for name in summed}
+        shapes = jax.eval_shape(
+            lambda m: f(shared | m), {n: a[0] for n, a in mapped.items()}
+        )
+        zeros = {
+            name: jnp.zeros(shapes[name].shape, shapes[name].dtype) for name in summed
+        }
         sums, stacked = lax.scan(step, zeros, mapped, length=size)
         return stacked | {name: total[None] for name, total in sums.items()}
 

@@ -104,12 +104,14 @@ def _batch_shape(present: tuple[str, ...], arrays: Sequence[Any]) -> Shape:
 # --------------------------------------------------------------------- abstract evaluation
 
 
-def _forward_types(*avals: Any, spec: AttentionSpec, present: Any, **_: Any) -> list[Any]:
+def _forward_types(
+    *avals: Any, spec: AttentionSpec, present: Any, **_: Any
+) -> list[Any]:
     x, _extra = _unflatten(present, avals)
     batch = _batch_shape(present, avals)
     length, heads = x.query.shape[-3:-1]
     residual = accumulator(x.query.dtype)
-    results = [
+    results: list[tuple[Shape, Any]] = [
         ((*batch, length, heads, x.value.shape[-1]), x.query.dtype),
         ((*batch, heads, length), residual),
     ]
@@ -122,8 +124,8 @@ def _forward_types(*avals: Any, spec: AttentionSpec, present: Any, **_: Any) -> 
         names = ("out", "lse", "largest")[: len(results)]
         specs = [lay.spec(a) for a in _named_arrays(names, shapes)]
     return [
-        _compat.result_type("flash2_forward", avals, *result, spec)
-        for result, spec in zip(results, specs, strict=True)
+        _compat.result_type("flash2_forward", avals, shape, dtype, spec)
+        for (shape, dtype), spec in zip(results, specs, strict=True)
     ]
 
 
@@ -159,7 +161,9 @@ def _named_arrays(
     return tuple(_partition.Array(n, _axes(n), tuple(shape)) for n, shape in pairs)
 
 
-def _arrays(present: Sequence[str], avals: Sequence[Any]) -> tuple[_partition.Array, ...]:
+def _arrays(
+    present: Sequence[str], avals: Sequence[Any]
+) -> tuple[_partition.Array, ...]:
     return _named_arrays(present, [a.shape for a in avals])
 
 
@@ -387,6 +391,7 @@ forward_p = _compat.make_primitive("flash2_forward", _forward_types)
 backward_p = _compat.make_primitive("flash2_backward", _backward_types)
 forward_call_p = _compat.make_primitive("flash2_forward_call", _forward_types)
 backward_call_p = _compat.make_primitive("flash2_backward_call", _backward_types)
+
 
 def _forward_results(params: dict[str, Any]) -> tuple[str, ...]:
     return ("out", "lse", "largest")[: 3 if params["spec"].return_max_logit else 2]
