@@ -5,6 +5,8 @@
   python examples/train_gpt.py --resume     go on after an interruption
   python examples/train_gpt.py --preset gpt3-125m --out runs/125m        on a GPU
   python examples/train_gpt.py --data my/texts --out runs/mine --steps 3000
+  python examples/train_gpt.py --mesh data=2,tensor=4         on 8 GPUs, or to try it
+                                                              out on one CPU
 
 It reads text as bytes and predicts each byte from those before it. DIR gets
 checkpoints, the losses (history.json, loss.png) and a sample of generated text.
@@ -28,21 +30,25 @@ try:
     from gpt import cli
     from gpt.config import Config, Options
     from gpt.data import START, Corpus
+    from gpt.mesh import check, make_mesh
     from gpt.model import generate
     from gpt.report import Progress, loss_curves
     from gpt.rundir import Checkpoints, History, prepare, write
     from gpt.training import Metrics, Trainer, abstract_model, peak_flops
+    from jax.sharding import Mesh
 except ModuleNotFoundError as error:
     sys.exit(f'{error}. The examples need: pip install ".[examples]"')
 
 
 def main(arguments: list[str] | None = None) -> int:
     args = cli.parse(__doc__, arguments)
-    device = jax.devices()[0]
-    default_dtype = "bfloat16" if device.platform == "gpu" else "float32"
     try:
+        mesh = make_mesh(args.mesh)
+        device = mesh.devices.flat[0]
+        default_dtype = "bfloat16" if device.platform == "gpu" else "float32"
         config, options, corpus = cli.settle(args, default_dtype)
         check_device(config, device)
+        check(config, mesh)
         prepare(
             options.out,
             dataclasses.asdict(config),
@@ -55,7 +61,7 @@ def main(arguments: list[str] | None = None) -> int:
     exact = jax.default_matmul_precision("highest")
     with exact if config.dtype == "float32" else contextlib.nullcontext():
         try:
-            return run(config, options, corpus, device)
+            return run(config, options, corpus, mesh)
         except KeyboardInterrupt:
             return 128 + signal.SIGINT
 
@@ -69,9 +75,12 @@ def check_device(config: Config, device: Any) -> None:
         raise ValueError("--attention cudnn needs --dtype bfloat16; got float32")
 
 
-def run(config: Config, options: Options, corpus: Corpus, device: Any) -> int:
+def run(config: Config, options: Options, corpus: Corpus, mesh: Mesh) -> int:
     """Trains from the last checkpoint, or the beginning, to the end."""
-    trainer = Trainer(config, options.remat, options.scan)
+    trainer = Trainer(config, options.remat, options.scan, mesh)
+    device = mesh.devices.flat[0]
+    peak = peak_flops(device, config.dtype)
+    several = f"{mesh.size} devices ({options.mesh}), each " if mesh.size > 1 else ""
     checkpoints = Checkpoints(options.out)
     first = checkpoints.latest() or 0
     if first:
@@ -81,7 +90,7 @@ def run(config: Config, options: Options, corpus: Corpus, device: Any) -> int:
     print(
         f"{config.layers} layers of width {config.width}, {trainer.num_params:,} "
         f"parameters, {config.dtype}, {config.attention} attention, on "
-        f"{device.device_kind}\n"
+        f"{several}{device.device_kind}\n"
         f"{corpus.files} files of {config.data}: {len(corpus.train):,} bytes to train "
         f"on, {len(corpus.validation):,} to validate\n"
         f"step {first} of {config.steps}, {config.tokens_per_step:,} tokens each, "
@@ -101,7 +110,7 @@ def run(config: Config, options: Options, corpus: Corpus, device: Any) -> int:
         first=first,
         tokens_per_step=config.tokens_per_step,
         flops_per_token=trainer.flops_per_token(),
-        peak=peak_flops(device, config.dtype),
+        peak=None if peak is None else peak * mesh.size,
         terminal=sys.stderr.isatty(),
     )
     validation = corpus.validation_batches(

@@ -2,8 +2,10 @@
 
 import dataclasses
 import json
+import math
 import os
 import pathlib
+import re
 import shlex
 import shutil
 import signal
@@ -25,8 +27,9 @@ sys.path.insert(0, str(EXAMPLES))
 import train_gpt  # noqa: E402
 from gpt import cli, data, report, rundir  # noqa: E402
 from gpt.config import PRESETS, Config  # noqa: E402
+from gpt.mesh import make_mesh  # noqa: E402
 from gpt.model import generate  # noqa: E402
-from gpt.training import Trainer, abstract_model, peak_flops  # noqa: E402
+from gpt.training import State, Trainer, abstract_model, peak_flops  # noqa: E402
 
 SMALL = shlex.split(
     "--layers 1 --width 32 --heads 2 --length 32 --batch 4 --steps 12 --eval-every 6 "
@@ -70,6 +73,20 @@ def wait_for_checkpoint(run: subprocess.Popen, out: pathlib.Path, step: int) -> 
         time.sleep(0.02)
 
 
+def interrupt_at_step_5(arguments: list[str]) -> None:
+    """Runs the example, with Ctrl-C as step 5 begins."""
+    train_batch = data.Corpus.train_batch
+
+    def interrupting(self, seed, step, *shape):
+        if step == 5:
+            os.kill(os.getpid(), signal.SIGINT)
+        return train_batch(self, seed, step, *shape)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data.Corpus, "train_batch", interrupting)
+        assert train_gpt.main(arguments) == 128 + signal.SIGINT
+
+
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory) -> pathlib.Path:
     out = tmp_path_factory.mktemp("runs") / "uninterrupted"
@@ -101,16 +118,7 @@ def test_smoke_preset_learns_and_leaves_its_results(tmp_path):
 def test_interrupted_run_continues_with_the_same_losses(tmp_path, uninterrupted):
     """Ctrl-C after step 5: the checkpoint is of step 5, and all else follows."""
     out = str(tmp_path / "run")
-    counted = data.Corpus.train_batch
-    with pytest.MonkeyPatch.context() as patch:
-
-        def interrupt_at_step_5(self, seed, step, *shape):
-            if step == 5:
-                os.kill(os.getpid(), signal.SIGINT)
-            return counted(self, seed, step, *shape)
-
-        patch.setattr(data.Corpus, "train_batch", interrupt_at_step_5)
-        assert train_gpt.main([*SMALL, "--out", out]) == 128 + signal.SIGINT
+    interrupt_at_step_5([*SMALL, "--out", out])
     assert len(history(tmp_path / "run")["loss"]) == 5
     assert train_gpt.main(["--resume", "--out", out, "--sample", "0"]) == 0
     assert_same_history(history(tmp_path / "run"), history(uninterrupted), 1e-6)
@@ -307,6 +315,17 @@ def test_batches_depend_on_seed_and_step_alone():
         ("--data no/such", "--data must name a file or directory; got /"),
         ("--length 500000000", "--length must be below the training text's"),
         ("--attention cudnn", "--attention cudnn needs a GPU; got the platform cpu"),
+        ("--mesh 4", "like data=2,tensor=4: each of data, fsdp and tensor at most"),
+        ("--mesh data=2,model=2", "with a size of at least 1; got data=2,model=2"),
+        ("--mesh data=2,data=2", "with a size of at least 1; got data=2,data=2"),
+        ("--mesh fsdp=0", "with a size of at least 1; got fsdp=0"),
+        ("--mesh data=3", "divides the 8 devices of the platform cpu; got data=3, 3"),
+        ("--mesh fsdp=2,data=4", "--batch must be a multiple of data * fsdp = 8 of"),
+        ("--mesh tensor=4", "--heads must be a multiple of tensor = 4 of --mesh; got"),
+        (
+            "--width 36 --batch 8 --mesh fsdp=8",
+            "--width must be a multiple of fsdp = 8",
+        ),
     ],
 )
 def test_bad_arguments_are_refused_by_message(flags, message, tmp_path):
@@ -355,3 +374,84 @@ def test_diverging_run_stops_with_advice(tmp_path):
     flags = [*SMALL, "--learning-rate", "1e30", "--warmup", "0", "--out"]
     with pytest.raises(SystemExit, match="the loss must be finite; got nan at step"):
         train_gpt.main([*flags, str(tmp_path / "run")])
+
+
+COLLECTIVES = "all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter"
+ON_MESH = {"layers": 2, "heads": 4, "batch": 8, "steps": 20}
+
+
+def train(trainer: Trainer, state: State) -> tuple[list, str]:
+    """The losses of 20 steps, and the compiled step."""
+    corpus = data.load(data.STANDARD_LIBRARY, 32)
+    batches = [corpus.train_batch(0, step, 8, 32) for step in range(1, 21)]
+    step = trainer.step.lower(state, batches[0]).compile()
+    losses = []
+    for batch in batches:
+        state, metrics = step(state, batch)
+        losses.append(metrics.loss)
+    return losses, step.as_text()
+
+
+def bytes_on_a_device(tree, mesh) -> int:
+    arrays = jax.tree.leaves(tree)
+    return max(
+        sum(x.addressable_data(i).nbytes for x in arrays) for i in range(mesh.size)
+    )
+
+
+@pytest.fixture(scope="module")
+def one_device_losses() -> list:
+    trainer = Trainer(config(**ON_MESH))
+    return train(trainer, trainer.init(jax.random.key(0)))[0]
+
+
+@pytest.mark.parametrize(
+    ("axes", "memory", "changes"),
+    [
+        ("data=2,tensor=4", {}, {}),
+        ("fsdp=4", {"remat": "flash2", "scan": True}, {}),
+        ("tensor=2,data=2,fsdp=2", {"scan": True}, {"attention": "xla"}),
+    ],
+    ids=["mesh-data-tensor", "mesh-fsdp-remat-flash2-scan", "mesh-of-all-xla-scan"],
+)
+def test_meshes_split_the_state_and_leave_the_losses_alone(
+    axes, memory, changes, one_device_losses
+):
+    mesh = make_mesh(axes)
+    trainer = Trainer(config(**ON_MESH, **changes), **memory, mesh=mesh)
+    state = trainer.init(jax.random.key(0))
+    split = mesh.shape["fsdp"] * mesh.shape["tensor"]
+    for part in state:
+        whole = sum(x.nbytes for x in jax.tree.leaves(part))
+        assert bytes_on_a_device(part, mesh) < 1.03 * whole / split
+
+    losses, step = train(trainer, state)
+    np.testing.assert_allclose(losses, one_device_losses, rtol=1e-5)
+
+    shapes = {kind: [] for kind in COLLECTIVES.split("|")}
+    for result, kind in re.findall(rf" = (.*) ({COLLECTIVES})(?:-start)?\(", step):
+        found = re.findall(r"\w\d+\[([\d,]*)\]", result)
+        shapes[kind] += [[int(n) for n in s.split(",") if n] for s in found]
+    if "fsdp" in axes:
+        # No activations: the embedding once, the loop's one layer forward and backward.
+        gathered = sum(math.prod(shape) for shape in shapes["all-gather"])
+        assert 0 < gathered < 1.5 * trainer.num_params
+        assert not shapes["all-to-all"] + shapes["collective-permute"]
+    else:
+        # Sums of the residual stream and of gradients; q, k and v have four axes.
+        assert [kind for kind in shapes if shapes[kind]] == ["all-reduce"]
+        assert [4, 32, 32] in shapes["all-reduce"]
+        assert max(map(len, shapes["all-reduce"])) == 3
+
+
+def test_mesh_may_change_on_resuming(tmp_path, uninterrupted):
+    """Also: a CPU becomes several devices, and a sharded model generates."""
+    out = tmp_path / "run"
+    interrupt_at_step_5([*SMALL, "--out", str(out), "--mesh", "fsdp=4"])
+    flags = ["--resume", "--out", out, "--mesh", "tensor=2,data=2", "--sample", "9"]
+    run = spawn(*flags)
+    text, _ = run.communicate(timeout=300)
+    assert run.returncode == 0, text
+    assert "on 4 devices (tensor=2,data=2), each cpu" in text
+    assert (out / "sample.txt").read_text() in text
+    assert_same_history(history(out), history(uninterrupted), 5e-5)

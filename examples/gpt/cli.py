@@ -101,7 +101,16 @@ def parse(
         help="; ".join(f"{name}: {text}" for name, text in ATTENTION.items()),
     )
 
-    group = parser.add_argument_group("memory against time")
+    group = parser.add_argument_group("devices, and memory against time")
+    group.add_argument(
+        "--mesh",
+        default="",
+        metavar="AXES",
+        help="several devices, as in data=2,fsdp=2,tensor=2, any of these in any order: "
+        "data and fsdp split the batch; parameters and optimizer state are split over "
+        "fsdp by width, over tensor by heads, MLP and vocabulary; a CPU counts as any "
+        "number; default: one device",
+    )
     group.add_argument(
         "--remat",
         choices=REMAT,
@@ -173,6 +182,7 @@ def settle(
         checkpoint_every=args.checkpoint_every,
         resume=args.resume,
         overwrite=args.overwrite,
+        mesh=args.mesh,
         remat=preset.remat if args.remat is None else args.remat,
         scan=preset.scan if args.scan is None else args.scan,
         prompt=args.prompt,

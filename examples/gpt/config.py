@@ -119,6 +119,7 @@ class Options:
     checkpoint_every: int
     resume: bool
     overwrite: bool
+    mesh: str
     remat: str
     scan: bool
     prompt: str

@@ -51,9 +51,15 @@ class GPT(nnx.Module):
     """
 
     def __init__(
-        self, config: Config, rngs: nnx.Rngs, remat: str = "none", scan: bool = False
+        self,
+        config: Config,
+        rngs: nnx.Rngs,
+        remat: str = "none",
+        scan: bool = False,
+        sharding: jax.sharding.Sharding | None = None,
     ):
         self.config, self.remat, self.scan = config, remat, scan
+        self.sharding = sharding
         self.embedding = nnx.Embed(
             config.vocab,
             config.width,
@@ -75,20 +81,28 @@ class GPT(nnx.Module):
 
         def layer(x, variables):
             block = nnx.merge(graph, *variables)
-            x = block(x, decode=decode)
+            x = self.place(block(x, decode=decode))
             return x, nnx.state(block, nnx.Cache)
 
         if self.remat != "none" and not decode:
             layer = jax.checkpoint(
                 layer, policy=REMAT_POLICIES[self.remat], prevent_cse=not self.scan
             )
-        x, cache = jax.lax.scan(
-            layer, self.embedding(tokens), (params, cache), unroll=not self.scan
-        )
+        x = self.place(self.embedding(tokens))
+        x, cache = jax.lax.scan(layer, x, (params, cache), unroll=not self.scan)
         if decode:
             nnx.update(self.blocks, cache)
         x = normalise(self.norm, x)
         return self.embedding.attend(x).astype(jnp.float32)
+
+    def place(self, x: jax.Array) -> jax.Array:
+        """Splits the residual stream as `sharding` has it.
+
+        Without this, XLA may gather activations where it should gather parameters.
+        """
+        if self.sharding is None:
+            return x
+        return jax.lax.with_sharding_constraint(x, self.sharding)
 
     def init_cache(self, batch: int, length: int) -> None:
         """Room for `length` keys and values in every layer."""

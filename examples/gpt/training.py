@@ -5,8 +5,10 @@ from typing import Any, NamedTuple
 import jax
 import optax
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 
 from gpt.config import Config
+from gpt.mesh import batch_sharding, make_mesh, state_sharding
 from gpt.model import GPT
 
 
@@ -23,23 +25,44 @@ class Metrics(NamedTuple):
 
 
 class Trainer:
-    """The functions of one configuration, compiled when first called."""
+    """The functions of one configuration, compiled when first called.
 
-    def __init__(self, config: Config, remat: str = "none", scan: bool = False):
+    All run on `mesh`, by default of one device.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        remat: str = "none",
+        scan: bool = False,
+        mesh: jax.sharding.Mesh | None = None,
+    ):
         self.config = config
         self.optimizer = make_optimizer(config)
-        self.graph, params = abstract_model(config, remat, scan)
+        self.mesh = make_mesh("") if mesh is None else mesh
+        batch = batch_sharding(self.mesh)
+        self.graph, params = abstract_model(config, remat, scan, batch)
         self.num_params = sum(p.size for p in jax.tree.leaves(params))
-        self.init = jax.jit(self._init)
-        self.step = jax.jit(self._step, donate_argnums=0)
-        self.loss = jax.jit(self._loss)
+        state = jax.tree.map(lambda x: x.sharding, self.abstract_state())
+        rows, *_ = state.params["embedding"]["embedding"].spec
+        self.table = NamedSharding(self.mesh, PartitionSpec(rows))
+        everywhere = NamedSharding(self.mesh, PartitionSpec())
+        self.init = jax.jit(self._init, out_shardings=state)
+        self.step = jax.jit(
+            self._step,
+            in_shardings=(state, batch),
+            out_shardings=(state, everywhere),
+            donate_argnums=0,
+        )
+        self.loss = jax.jit(self._loss, in_shardings=(state.params, batch))
 
     def abstract_state(self) -> State:
         """Shapes, dtypes and placement of the state."""
-        sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         state = jax.eval_shape(self._init, jax.random.key(0))
         return jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), state
+            lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at),
+            state,
+            state_sharding(state, self.mesh),
         )
 
     def _init(self, key) -> State:
@@ -49,6 +72,9 @@ class Trainer:
 
     def _loss(self, params, tokens) -> jax.Array:
         """Mean cross entropy of each token given those before it, in nats."""
+        # A lookup needs rows of full width: else XLA would redistribute activations.
+        table = jax.lax.with_sharding_constraint(params["embedding"], self.table)
+        params = params | {"embedding": table}
         logits = nnx.merge(self.graph, params)(tokens[:, :-1])
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])
         return losses.mean()
@@ -73,9 +99,11 @@ class Trainer:
         return 6 * self.num_params + 12 * c.layers * c.length * c.width
 
 
-def abstract_model(config: Config, remat: str = "none", scan: bool = False):
+def abstract_model(
+    config: Config, remat: str = "none", scan: bool = False, sharding: Any = None
+):
     """The model's graph, to merge with parameters, and those as shapes and dtypes."""
-    model = nnx.eval_shape(lambda: GPT(config, nnx.Rngs(0), remat, scan))
+    model = nnx.eval_shape(lambda: GPT(config, nnx.Rngs(0), remat, scan, sharding))
     return nnx.split(model, nnx.Param)
 
 
