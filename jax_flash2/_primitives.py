@@ -6,9 +6,12 @@ reshaped or repeated), and a lowering that flattens the batch and binds the *inn
 ones. These have exactly one batch axis and one lowering per platform: the place where a
 kernel is put beside the blockwise code. Derivatives are `_autodiff`'s.
 
-Operands travel as a flat list; the parameter ``present`` names the `Operands` fields
-they belong to. ``mapped`` counts the leading batch axes that vmap made, over which a
-gradient is never summed.
+There are five passes (`PASSES`): forward and backward, and for derivatives of any of
+them up to second order the tangent (`_tangents`), the tangent along two directions and
+the derivative of the backward (`_second`). Their arrays travel as a flat list, named by
+the parameter ``present``; ``wrt`` names the gradients that are wanted beside query's,
+key's and value's, and ``mapped`` counts the leading batch axes that vmap made, over
+which a gradient is never summed.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -24,13 +27,11 @@ import jax.numpy as jnp
 from jax.extend.core import Primitive
 from jax.interpreters import batching
 
-from jax_flash2 import _blockwise, _compat, _ffi, _partition
-from jax_flash2._spec import AXES, AttentionSpec, Operands, accumulator
-
-# Axes after the batch axes of the forward's results and their cotangents.
-_RESULT_AXES = {"out": "lhe", "lse": "hl", "dout": "lhe", "dlse": "hl", "largest": "h"}
+from jax_flash2 import _blockwise, _compat, _ffi, _partition, _second, _tangents
+from jax_flash2._spec import AttentionSpec, Operands, accumulator, axes_of, base_name
 
 Shape = tuple[int, ...]
+Named = dict[str, Any]
 
 
 def forward(
@@ -38,10 +39,8 @@ def forward(
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     """Output ``(batch..., l, h, e)``, logsumexp ``(batch..., h, l)`` and, where the spec
     asks for them, largest logits ``(batch..., h)``."""
-    present, arrays = _flatten(x)
-    results = forward_p.bind(*arrays, spec=spec, present=present, mapped=0)
-    out, lse, *largest = results
-    return out, lse, largest[0] if largest else None
+    results = bind(forward_p, x._asdict(), spec=spec)
+    return results["out"], results["lse"], results.get("largest")
 
 
 def backward(
@@ -57,42 +56,41 @@ def backward(
 
     ``dlse`` is the logsumexp's cotangent, ``(batch..., h, l)``, or None for zero.
     """
-    extra = {"out": out, "lse": lse, "dout": dout, "dlse": dlse}
-    present, arrays = _flatten(x, extra)
-    grads = backward_p.bind(*arrays, spec=spec, present=present, mapped=0, wrt=wrt)
-    return dict(zip(("query", "key", "value", *wrt), grads, strict=True))
+    rows = {"out": out, "lse": lse, "dout": dout, "dlse": dlse}
+    return bind(backward_p, x._asdict() | rows, spec=spec, wrt=wrt)
+
+
+def bind(
+    primitive: Primitive,
+    arrays: Named,
+    *,
+    spec: AttentionSpec,
+    wrt: tuple[str, ...] = (),
+    mapped: int = 0,
+) -> Named:
+    """Binds an outer primitive to arrays by name, absent ones being None."""
+    arrays = {name: a for name, a in arrays.items() if a is not None}
+    params = dict(spec=spec, present=tuple(arrays), wrt=wrt, mapped=mapped)
+    results = primitive.bind(*_compat.align_varying(list(arrays.values())), **params)
+    return dict(zip(PASSES[primitive.name].results(spec, wrt), results, strict=True))
+
+
+def split_named(arrays: Named) -> tuple[Operands, Named]:
+    """The operands, and what goes with them: results, cotangents and tangents."""
+    x = {name: a for name, a in arrays.items() if name in Operands._fields}
+    return Operands(**x), {n: a for n, a in arrays.items() if n not in x}
 
 
 # --------------------------------------------------------------------- operands as lists
 
 
-def _flatten(
-    x: Operands, extra: dict[str, Any] | None = None
-) -> tuple[tuple[str, ...], list[jax.Array]]:
-    named = x._asdict() | (extra or {})
-    named = {name: a for name, a in named.items() if a is not None}
-    return tuple(named), _compat.align_varying(list(named.values()))
-
-
-def _unflatten(
-    present: tuple[str, ...], arrays: Sequence[Any]
-) -> tuple[Operands, dict[str, Any]]:
-    named = dict(zip(present, arrays, strict=True))
-    extra = {name: named.pop(name) for name in present if name in _RESULT_AXES}
-    return Operands(**named), extra
-
-
-def _axes(name: str) -> str:
-    return _RESULT_AXES[name] if name in _RESULT_AXES else getattr(AXES, name)
-
-
-def _batch_axes(x: Operands) -> int:
-    return len(x.query.shape) - len(AXES.query)
+def _unflatten(present: tuple[str, ...], arrays: Sequence[Any]) -> tuple[Operands, Named]:
+    return split_named(dict(zip(present, arrays, strict=True)))
 
 
 def _batch_shape(present: tuple[str, ...], arrays: Sequence[Any]) -> Shape:
     shapes = [
-        a.shape[: len(a.shape) - len(_axes(name))]
+        a.shape[: len(a.shape) - len(axes_of(name))]
         for name, a in zip(present, arrays, strict=True)
     ]
     # Sizes are one number or 1, so the number wins also where it is 0.
@@ -104,59 +102,64 @@ def _batch_shape(present: tuple[str, ...], arrays: Sequence[Any]) -> Shape:
 # --------------------------------------------------------------------- abstract evaluation
 
 
-def _forward_types(*avals: Any, spec: AttentionSpec, present: Any, **_: Any) -> list[Any]:
-    x, _extra = _unflatten(present, avals)
-    batch = _batch_shape(present, avals)
-    length, heads = x.query.shape[-3:-1]
-    residual = accumulator(x.query.dtype)
-    results = [
-        ((*batch, length, heads, x.value.shape[-1]), x.query.dtype),
-        ((*batch, heads, length), residual),
-    ]
-    if spec.return_max_logit:
-        results.append(((*batch, heads), residual))
-    specs: list[Any] = [None] * len(results)
-    if avals[0].sharding.mesh.explicit_axes:
-        lay = _partition.explicit_layout(_arrays(present, avals), avals)
-        shapes = [shape for shape, _ in results]
-        names = ("out", "lse", "largest")[: len(results)]
-        specs = [lay.spec(a) for a in _named_arrays(names, shapes)]
-    return [
-        _compat.result_type("flash2_forward", avals, *result, spec)
-        for result, spec in zip(results, specs, strict=True)
-    ]
-
-
-def _backward_types(
-    *avals: Any, present: Any, wrt: tuple[str, ...], mapped: int = 0, **_: Any
+def _types(
+    pass_name: str,
+    *avals: Any,
+    spec: AttentionSpec,
+    present: Any,
+    wrt: tuple[str, ...],
+    mapped: int = 0,
+    **_: Any,
 ) -> list[Any]:
+    """The types of a pass's results; a gradient is named after its operand."""
     named = dict(zip(present, avals, strict=True))
     batch = _batch_shape(present, avals)
-    query_spec = avals[0].sharding.spec
+    explicit = bool(avals[0].sharding.mesh.explicit_axes)
+    lay = explicit and _partition.explicit_layout(_arrays(present, avals), avals)
     types = []
-    for name in ("query", "key", "value", *wrt):
-        like = named[name]
-        lead, rest = like.shape[: len(batch)], like.shape[len(batch) :]
-        lead = batch if name not in wrt else batch[:mapped] + lead[mapped:]
-        # A gradient has its operand's type but for axes that it gained by vmap.
-        spec = None
-        if like.sharding.mesh.explicit_axes:
-            gained = [a != b for a, b in zip(lead, like.shape, strict=False)]
-            own = like.sharding.spec
-            entries = [query_spec[i] if g else own[i] for i, g in enumerate(gained)]
-            spec = jax.sharding.PartitionSpec(*entries, *own[len(batch) :])
-        shape = (*lead, *rest)
-        types.append(
-            _compat.result_type("flash2_backward", avals, shape, like.dtype, spec)
-        )
+    for name in PASSES[pass_name].results(spec, wrt):
+        part = None
+        if name in named:
+            like = named[name]
+            shape, dtype = _gradient_shape(name, like.shape, batch, wrt, mapped), like.dtype
+            if explicit:
+                # As its operand, but for axes that it gained by vmap.
+                own, lead = like.sharding.spec, avals[0].sharding.spec
+                pairs = enumerate(zip(shape, like.shape, strict=True))
+                part = [own[i] if a == b else lead[i] for i, (a, b) in pairs]
+                part = jax.sharding.PartitionSpec(*part)
+        else:
+            shape = (*batch, *(_sizes(named)[letter] for letter in axes_of(name)))
+            query = named["query"].dtype
+            dtype = query if base_name(name) == "out" else accumulator(query)
+            if explicit:
+                part = lay.spec(_partition.Array(name, axes_of(name), shape))
+        types.append(_compat.result_type(pass_name, avals, shape, dtype, part))
     return types
+
+
+def _sizes(named: Named) -> dict[str, int]:
+    return {
+        letter: size
+        for name in ("query", "key", "value")
+        for letter, size in zip(axes_of(name), named[name].shape[-3:], strict=True)
+    }
+
+
+def _gradient_shape(
+    name: str, shape: Shape, batch: Shape, wrt: tuple[str, ...], mapped: int
+) -> Shape:
+    """Query's, key's and value's gradients have the batch axes of the call; others their
+    operand's, apart for the elements of a mapped axis."""
+    lead = batch[:mapped] + shape[mapped : len(batch)] if name in wrt else batch
+    return (*lead, *shape[len(batch) :])
 
 
 def _named_arrays(
     names: Sequence[str], shapes: Sequence[Shape]
 ) -> tuple[_partition.Array, ...]:
     pairs = zip(names, shapes, strict=True)
-    return tuple(_partition.Array(n, _axes(n), tuple(shape)) for n, shape in pairs)
+    return tuple(_partition.Array(n, axes_of(n), tuple(shape)) for n, shape in pairs)
 
 
 def _arrays(present: Sequence[str], avals: Sequence[Any]) -> tuple[_partition.Array, ...]:
@@ -177,8 +180,8 @@ class _Local:
         return self.function(*arrays, **dict(self.params))
 
 
-def _lower_over_mesh(function: Any, results: Any) -> Any:
-    """Lowers an outer primitive: ``function`` does one device's share of it."""
+def _lower_over_mesh(pass_: Pass) -> Any:
+    """Lowers an outer primitive: `_local` does one device's share of it."""
 
     def rule(ctx: Any, *operands: Any, **params: Any) -> Any:
         _compat.restore_stacks()
@@ -191,13 +194,15 @@ def _lower_over_mesh(function: Any, results: Any) -> Any:
         mesh = avals[0].sharding.mesh
         # Axes that XLA assigns inside a region where others are manual or explicit.
         left_over = bool(mesh.auto_axes and (mesh.manual_axes or mesh.explicit_axes))
-        local = _Local(function, (*sorted(params.items()), ("together", left_over)))
+        names = pass_.results(params["spec"], params["wrt"])
+        params = {**params, "pass_": pass_, "together": left_over}
+        local = _Local(_local, tuple(sorted(params.items())))
         if not mesh.explicit_axes and left_over:
             return _compat.lower_plain(local, ctx, *operands)
         call = _partition.Call(
             local,
             _arrays(params["present"], avals),
-            _named_arrays(results(params), [a.shape for a in ctx.avals_out]),
+            _named_arrays(names, [a.shape for a in ctx.avals_out]),
         )
         if mesh.explicit_axes:
             run = _partition.explicit(call, avals, ctx.avals_out)
@@ -210,77 +215,64 @@ def _lower_over_mesh(function: Any, results: Any) -> Any:
 # ------------------------------------------------------------------- outer to inner: local
 
 
-def _forward_local(
-    *arrays: jax.Array, spec: AttentionSpec, present: Any, mapped: int, together: bool
-) -> list[jax.Array]:
-    """The forward on one device: flattens the batch axes and binds the inner primitive."""
-    del mapped  # the forward sums over nothing
-    batch = _batch_shape(present, arrays)
-    x, _ = _unflatten(present, arrays)
-    if 0 in batch or 0 in x.query.shape or x.key.shape[-3] == 0:
-        return _forward_empty(spec, x, batch)
-    flat = [
-        _flatten_batch(a, batch, len(_axes(name)))
-        for name, a in zip(present, arrays, strict=True)
-    ]
-    results = forward_call_p.bind(*flat, spec=spec, present=present, together=together)
-    return [r.reshape(*batch, *r.shape[1:]) for r in results]
-
-
-def _forward_empty(spec: AttentionSpec, x: Operands, batch: Shape) -> list[jax.Array]:
-    """No rows, or no keys: every row is an empty row."""
-    length, heads = x.query.shape[-3:-1]
-    dtype = accumulator(x.query.dtype)
-    lse = jnp.full((*batch, heads, length), -jnp.inf, dtype)
-    if x.sinks is not None:
-        lse = jnp.broadcast_to(x.sinks.astype(dtype)[..., None], lse.shape)
-    out = jnp.zeros((*batch, length, heads, x.value.shape[-1]), x.query.dtype)
-    results = [out, lse]
-    if spec.return_max_logit:
-        results.append(jnp.full((*batch, heads), -jnp.inf, dtype))
-    return results
-
-
-def _backward_local(
+def _local(
     *arrays: jax.Array,
+    pass_: Pass,
     spec: AttentionSpec,
     present: Any,
     mapped: int,
     wrt: tuple[str, ...],
     together: bool,
 ) -> list[jax.Array]:
-    """The backward on one device: flattens the batch axes and binds the inner primitive."""
+    """A pass on one device: flattens the batch axes and binds the inner primitive."""
     batch = _batch_shape(present, arrays)
-    x, _ = _unflatten(present, arrays)
-    names = ("query", "key", "value", *wrt)
-    leads = {}  # batch axes of the gradients of wrt
+    named = dict(zip(present, arrays, strict=True))
+    names = pass_.results(spec, wrt)
+    # Batch axes of the gradients of wrt: elements of a mapped axis keep theirs apart.
+    leads = {}
     for name in wrt:
-        lead = getattr(x, name).shape[: len(batch)]
-        leads[name] = batch[:mapped] + lead[mapped:]
-    if 0 in batch or 0 in x.query.shape or x.key.shape[-3] == 0:
-        likes = [getattr(x, name) for name in names]
-        return [
-            jnp.zeros((*leads.get(name, batch), *like.shape[len(batch) :]), like.dtype)
-            for name, like in zip(names, likes, strict=True)
-        ]
+        shape = _gradient_shape(name, named[name].shape, batch, wrt, mapped)
+        leads[name] = shape[: len(batch)]
+    if 0 in batch or 0 in named["query"].shape or named["key"].shape[-3] == 0:
+        return [_empty(name, named, batch, leads) for name in names]
     flat = []
-    for name, a in zip(present, arrays, strict=True):
-        if name in leads:  # elements of a mapped axis keep their gradients apart
+    for name, a in named.items():
+        if name in leads:
             a = jnp.broadcast_to(a, (*leads[name], *a.shape[len(batch) :]))
-        flat.append(_flatten_batch(a, batch, len(_axes(name))))
+        flat.append(_flatten_batch(a, batch, len(axes_of(name))))
     params = dict(spec=spec, present=present, wrt=wrt, together=together)
-    grads = backward_call_p.bind(*flat, **params)
     results = []
-    for name, g in zip(names, grads, strict=True):
+    for name, r in zip(names, pass_.inner.bind(*flat, **params), strict=True):
         lead = leads.get(name, batch)
-        if math.prod(lead) == g.shape[0]:
-            results.append(g.reshape(*lead, *g.shape[1:]))
+        if math.prod(lead) == r.shape[0]:
+            results.append(r.reshape(*lead, *r.shape[1:]))
             continue
         # The operand was repeated along some batch axes and not along others.
-        g = g.reshape(*batch, *g.shape[1:])
+        r = r.reshape(*batch, *r.shape[1:])
         axes = tuple(a for a, n in enumerate(lead) if n != batch[a])
-        results.append(g.sum(axes, keepdims=True))
+        results.append(r.sum(axes, keepdims=True))
     return results
+
+
+def _empty(
+    name: str, named: Named, batch: Shape, leads: dict[str, Shape]
+) -> jax.Array:
+    """A result where there are no rows, or no keys: every row is an empty row."""
+    if name in named:  # a gradient
+        like = named[name]
+        lead = leads.get(name, batch)
+        return jnp.zeros((*lead, *like.shape[len(batch) :]), like.dtype)
+    shape = (*batch, *(_sizes(named)[letter] for letter in axes_of(name)))
+    query = named["query"].dtype
+    if base_name(name) == "out":
+        return jnp.zeros(shape, query)
+    dtype = accumulator(query)
+    # All that an empty row's logsumexp has is its sink.
+    sinks = named.get({"lse": "sinks", "t_lse": "t_sinks"}.get(name, ""))
+    if sinks is None:
+        return jnp.full(shape, -jnp.inf if name in ("lse", "largest") else 0, dtype)
+    sinks = jnp.broadcast_to(sinks.astype(dtype)[..., None], shape)
+    return sinks if name == "lse" else zero_past(sinks, named.get("query_seq_lengths"), -1)
 
 
 def _flatten_batch(a: jax.Array, batch: Shape, axes: int) -> jax.Array:
@@ -296,54 +288,71 @@ def _flatten_batch(a: jax.Array, batch: Shape, axes: int) -> jax.Array:
 # ------------------------------------------------------------------ inner: per platform
 
 
-def _call_forward(platform: str) -> Any:
-    def run(
-        *arrays: jax.Array, spec: AttentionSpec, present: Any, together: bool
-    ) -> list[jax.Array]:
-        x, _ = _unflatten(present, arrays)
-        lack = _ffi.forward_lack(spec, x)
-        if _kernels_serve(platform, spec, together, lack):
-            return _ffi.forward(spec, x)
-        sequential = platform == "cpu" and not together
-        out, lse, largest = _blockwise.forward(spec, x, sequential=sequential)
-        return [out, lse, largest][: 3 if spec.return_max_logit else 2]
+@dataclasses.dataclass(frozen=True)
+class _Platform:
+    name: str
+    together: bool  # entries at once, for XLA to partition over left-over mesh axes
 
-    return run
+    @property
+    def sequential(self) -> bool:
+        return self.name == "cpu" and not self.together
 
 
-def _call_backward(platform: str) -> Any:
-    def run(
-        *arrays: jax.Array,
-        spec: AttentionSpec,
-        present: Any,
-        wrt: tuple[str, ...],
-        together: bool,
-    ) -> list[jax.Array]:
-        x, extra = _unflatten(present, arrays)
-        lack = "the CUDA kernels have no gradient yet"
-        _kernels_serve(platform, spec, together, lack)
-        dout, lse = extra["dout"], extra["lse"]
-        delta = row_delta(extra["out"], dout, extra.get("dlse"))
-        sequential = platform == "cpu" and not together
-        grads = _blockwise.backward(
-            spec, x, dout, lse, delta, wrt, sequential=sequential
-        )
-        return [grads[name] for name in ("query", "key", "value", *wrt)]
-
-    return run
+def _run_forward(
+    on: _Platform, spec: AttentionSpec, x: Operands, rows: Named, wrt: Any
+) -> list[jax.Array]:
+    del rows, wrt
+    if _kernels_serve(on, spec, _ffi.forward_lack(spec, x)):
+        return _ffi.forward(spec, x)
+    results = _blockwise.forward(spec, x, sequential=on.sequential)
+    return list(results)[: 3 if spec.return_max_logit else 2]
 
 
-def _kernels_serve(
-    platform: str, spec: AttentionSpec, together: bool, lack: str | None
-) -> bool:
-    """Whether a call lowered for ``platform`` goes to the CUDA kernels.
+def _run_backward(
+    on: _Platform, spec: AttentionSpec, x: Operands, rows: Named, wrt: tuple[str, ...]
+) -> list[jax.Array]:
+    _kernels_serve(on, spec, "the CUDA kernels have no gradient yet")
+    delta = row_delta(rows["out"], rows["dout"], rows.get("dlse"))
+    arrays = (rows["dout"], rows["lse"], delta, wrt)
+    grads = _blockwise.backward(spec, x, *arrays, sequential=on.sequential)
+    return [grads[name] for name in ("query", "key", "value", *wrt)]
+
+
+def _run_tangent(
+    on: _Platform, spec: AttentionSpec, x: Operands, rows: Named, wrt: Any
+) -> list[jax.Array]:
+    del wrt
+    return _tangents.tangent(spec, x, rows, sequential=on.sequential)
+
+
+def _run_tangent2(
+    on: _Platform, spec: AttentionSpec, x: Operands, rows: Named, wrt: Any
+) -> list[jax.Array]:
+    del wrt
+    return _tangents.tangent2(spec, x, rows, sequential=on.sequential)
+
+
+def _run_second(
+    on: _Platform, spec: AttentionSpec, x: Operands, rows: Named, wrt: tuple[str, ...]
+) -> list[jax.Array]:
+    delta = row_delta(rows["out"], rows["dout"], rows.get("dlse"))
+    t_delta = row_delta(rows["t_out"], rows["dout"], None)
+    if "u_dout" in rows:
+        t_delta += row_delta(rows["out"], rows["u_dout"], rows.get("u_dlse"))
+    rows = rows | {"delta": delta, "t_delta": t_delta}
+    grads = _second.second(spec, x, rows, wrt, sequential=on.sequential)
+    return [grads[name] for name in ("query", "key", "value", *wrt)]
+
+
+def _kernels_serve(on: _Platform, spec: AttentionSpec, lack: str | None) -> bool:
+    """Whether a call lowered for a platform goes to the CUDA kernels.
 
     Raises NotImplementedError where it must and cannot.
     """
     if spec.implementation == "blockwise":
         return False
-    if platform == "cuda":
-        if together:
+    if on.name == "cuda":
+        if on.together:
             lack = (
                 "a kernel cannot be split over mesh axes that a shard_map leaves to the "
                 "compiler; make all axes manual"
@@ -367,6 +376,17 @@ def row_delta(out: jax.Array, dout: jax.Array, dlse: jax.Array | None) -> jax.Ar
     return delta if dlse is None else delta - dlse
 
 
+def zero_past(x: jax.Array, lengths: jax.Array | None, axis: int) -> jax.Array:
+    """``x`` ``(batch..., ...)`` with zeros at and past the lengths ``(batch...)`` along
+    ``axis``, which is negative."""
+    if lengths is None:
+        return x
+    row = jnp.arange(x.shape[axis], dtype=jnp.int32)
+    row = row.reshape((1,) * (x.ndim + axis) + (-1,) + (1,) * (-axis - 1))
+    lengths = lengths.reshape(lengths.shape + (1,) * (x.ndim - lengths.ndim))
+    return jnp.where(row < lengths, x, 0)
+
+
 # --------------------------------------------------------------------------------- vmap
 
 
@@ -383,33 +403,65 @@ def _batch_rule(primitive: Primitive) -> Any:
     return rule
 
 
-forward_p = _compat.make_primitive("flash2_forward", _forward_types)
-backward_p = _compat.make_primitive("flash2_backward", _backward_types)
-forward_call_p = _compat.make_primitive("flash2_forward_call", _forward_types)
-backward_call_p = _compat.make_primitive("flash2_backward_call", _backward_types)
-
-def _forward_results(params: dict[str, Any]) -> tuple[str, ...]:
-    return ("out", "lse", "largest")[: 3 if params["spec"].return_max_logit else 2]
+# ------------------------------------------------------------------------------- passes
 
 
-def _backward_results(params: dict[str, Any]) -> tuple[str, ...]:
-    return ("query", "key", "value", *params["wrt"])
+@dataclasses.dataclass(frozen=True)
+class Pass:
+    """One of the maps that a call and its derivatives are made of.
+
+    Attributes:
+      run: what the inner primitive runs on a platform; takes the operands, the other
+        arrays by name, and ``wrt``.
+      results: names of the results, by spec and ``wrt``.
+    """
+
+    outer: Primitive
+    inner: Primitive
+    run: Callable[..., list[jax.Array]]
+    results: Callable[[AttentionSpec, tuple[str, ...]], tuple[str, ...]]
 
 
-for _primitive, _local, _results in (
-    (forward_p, _forward_local, _forward_results),
-    (backward_p, _backward_local, _backward_results),
-):
-    _compat.needs_devices(_primitive)
-    _compat.register_lowering(_primitive, _lower_over_mesh(_local, _results))
-    batching.primitive_batchers[_primitive] = _batch_rule(_primitive)
+def _forward_results(spec: AttentionSpec, wrt: tuple[str, ...]) -> tuple[str, ...]:
+    del wrt
+    return ("out", "lse", "largest")[: 3 if spec.return_max_logit else 2]
 
-# The first serves every platform that is not named after it.
-for _primitive, _call in (
-    (forward_call_p, _call_forward),
-    (backward_call_p, _call_backward),
-):
-    for _platform in ("any", "cpu", "cuda"):
-        _rule = functools.partial(_compat.lower_plain, _call(_platform))
-        _named = None if _platform == "any" else _platform
-        _compat.register_lowering(_primitive, _rule, _named)
+
+def _gradient_results(spec: AttentionSpec, wrt: tuple[str, ...]) -> tuple[str, ...]:
+    del spec
+    return ("query", "key", "value", *wrt)
+
+
+PASSES: dict[str, Pass] = {}
+
+
+def _make_pass(name: str, run: Any, results: Any) -> Primitive:
+    types = functools.partial(_types, name)
+    outer = _compat.make_primitive(name, types)
+    inner = _compat.make_primitive(f"{name}_call", types)
+    pass_ = PASSES[name] = Pass(outer, inner, run, results)
+    _compat.needs_devices(outer)
+    _compat.register_lowering(outer, _lower_over_mesh(pass_))
+    batching.primitive_batchers[outer] = _batch_rule(outer)
+
+    def call(platform: str, *arrays: jax.Array, **params: Any) -> list[jax.Array]:
+        x, rows = _unflatten(params["present"], arrays)
+        on = _Platform(platform, params["together"])
+        return run(on, params["spec"], x, rows, params["wrt"])
+
+    # The first serves every platform that is not named after it.
+    for platform in ("any", "cpu", "cuda"):
+        rule = functools.partial(_compat.lower_plain, functools.partial(call, platform))
+        _compat.register_lowering(inner, rule, None if platform == "any" else platform)
+    return outer
+
+
+forward_p = _make_pass("flash2_forward", _run_forward, _forward_results)
+backward_p = _make_pass("flash2_backward", _run_backward, _gradient_results)
+tangent_p = _make_pass(
+    "flash2_tangent", _run_tangent, lambda spec, wrt: ("t_out", "t_lse")
+)
+tangent2_p = _make_pass(
+    "flash2_tangent2", _run_tangent2, lambda spec, wrt: ("w_out", "w_lse")
+)
+second_p = _make_pass("flash2_second", _run_second, _gradient_results)
