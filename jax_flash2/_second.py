@@ -117,11 +117,12 @@ def _entry(
             return dk, dv, grads
 
         begin, stop = _entries.seeing(sizes, first, end, j)
-        dk = jnp.zeros((sizes.kv_block, x.key.shape[-1]), dtype)
-        dv = jnp.zeros((sizes.kv_block, x.value.shape[-1]), dtype)
+        # Transposed, as in `_blockwise.backward`.
+        dk = jnp.zeros((x.key.shape[-1], sizes.kv_block), dtype)
+        dv = jnp.zeros((x.value.shape[-1], sizes.kv_block), dtype)
         step = skipping(sizes, x, lambda i: (i, j), query_block)
         dk, dv, state = lax.fori_loop(begin, stop, step, (dk, dv, state))
-        return state, (dk.astype(x.key.dtype), dv.astype(x.value.dtype))
+        return state, (dk.T.astype(x.key.dtype), dv.T.astype(x.value.dtype))
 
     state = {name: jnp.zeros(getattr(x, name).shape, dtype) for name in ("query", *wrt)}
     grads, (dk, dv) = lax.scan(key_block, state, jnp.arange(sizes.kv_blocks))
@@ -155,9 +156,9 @@ def _tile_part(
         dp_t = dot("gle,se->gls", a, b)
     ds_t = centred * ds + kept * dp_t - p * t_delta
 
-    dv = dot("gls,gle->se", (kept * centred).astype(narrow), do)
+    dv = dot("gle,gls->es", do, (kept * centred).astype(narrow))
     if do_u is not None:
-        dv = dv + dot("gls,gle->se", kept.astype(narrow), do_u)
+        dv = dv + dot("gle,gls->es", do_u, kept.astype(narrow))
     result = {"value": dv}
     if "bias" in wrt:
         result["bias"] = ds_t
@@ -176,9 +177,9 @@ def _tile_part(
         dc_t = dc_t + t.scale.astype(dtype) * dy
     dc_t = dc_t.astype(narrow)
     dq = dot("gls,sd->gld", dc_t, x.key)
-    dk = dot("gls,gld->sd", dc_t, x.query)
+    dk = dot("gld,gls->ds", x.query, dc_t)
     if t.key is not None or t.query is not None:
         dc = (scale(spec, x, dtype) * dy).astype(narrow)
         dq = dq if t.key is None else dq + dot("gls,sd->gld", dc, t.key)
-        dk = dk if t.query is None else dk + dot("gls,gld->sd", dc, t.query)
+        dk = dk if t.query is None else dk + dot("gld,gls->ds", t.query, dc)
     return result | {"query": dq, "key": dk}
