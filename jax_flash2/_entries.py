@@ -59,6 +59,14 @@ class Sizes(NamedTuple):
     def kv_blocks(self) -> int:
         return -(-self.kv_length // self.kv_block)
 
+    @property
+    def each_q_block(self) -> jax.Array:
+        return jnp.arange(self.q_blocks, dtype=jnp.int32)
+
+    @property
+    def each_kv_block(self) -> jax.Array:
+        return jnp.arange(self.kv_blocks, dtype=jnp.int32)
+
 
 def prepare(
     spec: AttentionSpec, x: Operands, rows: dict[str, jax.Array] | None = None
@@ -230,8 +238,9 @@ def seeing(
     are not, a range around them.
     """
     sees = (first <= j) & (j < end)
-    begin = jnp.argmax(sees)
-    return begin, jnp.where(sees.any(), sizes.q_blocks - jnp.argmax(sees[::-1]), 0)
+    begin = lax.argmax(sees, 0, jnp.int32)
+    stop = sizes.q_blocks - lax.argmax(sees[::-1], 0, jnp.int32)
+    return begin, jnp.where(sees.any(), stop, 0)
 
 
 Rows = dict[str, jax.Array]

@@ -127,7 +127,7 @@ def _entry(
         values = values - logits[..., None] * out
         return values.astype(x.query.dtype), logits
 
-    out, lse = lax.map(query_block, jnp.arange(sizes.q_blocks))
+    out, lse = lax.map(query_block, sizes.each_q_block)
     return {"out": join_blocks(out, 1), "lse": join_blocks(lse, 1)}
 
 
