@@ -20,6 +20,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero
 
 from jax_flash2 import _compat, _primitives, _rules
+from jax_flash2._passes import zero_past
 from jax_flash2._spec import SIDE_OPERANDS, AttentionSpec, Operands
 
 Results = tuple[jax.Array, jax.Array, jax.Array | None]
@@ -69,11 +70,11 @@ def _attend_backward(spec: AttentionSpec, residuals: Any, cotangents: Any) -> An
     if isinstance(dout, SymbolicZero):
         dout = jnp.zeros(dout.shape, dout.dtype)
     # What arrives past a length may be anything: replace it before it is multiplied.
-    dout = _primitives.zero_past(dout, x.query_seq_lengths, -3)
+    dout = zero_past(dout, x.query_seq_lengths, -3)
     if isinstance(dlse, SymbolicZero):
         dlse = None
     else:
-        dlse = _primitives.zero_past(dlse, x.query_seq_lengths, -1)
+        dlse = zero_past(dlse, x.query_seq_lengths, -1)
     side = tuple(name for name in wanted.names if name != "sinks")
     grads = _primitives.backward(spec, x, out, lse, dout, dlse, side)
     if "sinks" in wanted.names:

@@ -4,14 +4,12 @@ Two layers. The *outer* primitives stand for a whole call: any number of batch a
 abstract evaluation, vmap (a mapped axis becomes a leading batch axis; nothing is
 reshaped or repeated), and a lowering that flattens the batch and binds the *inner*
 ones. These have exactly one batch axis and one lowering per platform: the place where a
-kernel is put beside the blockwise code. Derivatives are `_autodiff`'s.
+kernel is put beside the blockwise code. Derivatives are `_rules`'.
 
-There are five passes (`PASSES`): forward and backward, and for derivatives of any of
-them up to second order the tangent (`_tangents`), the tangent along two directions and
-the derivative of the backward (`_second`). Their arrays travel as a flat list, named by
-the parameter ``present``; ``wrt`` names the gradients that are wanted beside query's,
-key's and value's, and ``mapped`` counts the leading batch axes that vmap made, over
-which a gradient is never summed.
+There is a pair for each of the five passes (`_passes`). Their arrays travel as a flat
+list, named by the parameter ``present``; ``wrt`` names the gradients that are wanted
+beside query's, key's and value's, and ``mapped`` counts the leading batch axes that vmap
+made, over which a gradient is never summed.
 """
 
 from __future__ import annotations
@@ -19,7 +17,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -27,11 +25,11 @@ import jax.numpy as jnp
 from jax.extend.core import Primitive
 from jax.interpreters import batching
 
-from jax_flash2 import _blockwise, _compat, _ffi, _partition, _second, _tangents
+from jax_flash2 import _compat, _partition, _passes
+from jax_flash2._passes import Named, Pass, Platform, zero_past
 from jax_flash2._spec import AttentionSpec, Operands, accumulator, axes_of, base_name
 
 Shape = tuple[int, ...]
-Named = dict[str, Any]
 
 
 def forward(
@@ -72,20 +70,15 @@ def bind(
     arrays = {name: a for name, a in arrays.items() if a is not None}
     params = dict(spec=spec, present=tuple(arrays), wrt=wrt, mapped=mapped)
     results = primitive.bind(*_compat.align_varying(list(arrays.values())), **params)
-    return dict(zip(PASSES[primitive.name].results(spec, wrt), results, strict=True))
+    return dict(
+        zip(_passes.PASSES[primitive.name].results(spec, wrt), results, strict=True)
+    )
 
 
 def split_named(arrays: Named) -> tuple[Operands, Named]:
     """The operands, and what goes with them: results, cotangents and tangents."""
     x = {name: a for name, a in arrays.items() if name in Operands._fields}
     return Operands(**x), {n: a for n, a in arrays.items() if n not in x}
-
-
-# --------------------------------------------------------------------- operands as lists
-
-
-def _unflatten(present: tuple[str, ...], arrays: Sequence[Any]) -> tuple[Operands, Named]:
-    return split_named(dict(zip(present, arrays, strict=True)))
 
 
 def _batch_shape(present: tuple[str, ...], arrays: Sequence[Any]) -> Shape:
@@ -103,7 +96,7 @@ def _batch_shape(present: tuple[str, ...], arrays: Sequence[Any]) -> Shape:
 
 
 def _types(
-    pass_name: str,
+    pass_: Pass,
     *avals: Any,
     spec: AttentionSpec,
     present: Any,
@@ -117,11 +110,14 @@ def _types(
     explicit = bool(avals[0].sharding.mesh.explicit_axes)
     lay = explicit and _partition.explicit_layout(_arrays(present, avals), avals)
     types = []
-    for name in PASSES[pass_name].results(spec, wrt):
+    for name in pass_.results(spec, wrt):
         part = None
         if name in named:
             like = named[name]
-            shape, dtype = _gradient_shape(name, like.shape, batch, wrt, mapped), like.dtype
+            shape, dtype = (
+                _gradient_shape(name, like.shape, batch, wrt, mapped),
+                like.dtype,
+            )
             if explicit:
                 # As its operand, but for axes that it gained by vmap.
                 own, lead = like.sharding.spec, avals[0].sharding.spec
@@ -134,7 +130,7 @@ def _types(
             dtype = query if base_name(name) == "out" else accumulator(query)
             if explicit:
                 part = lay.spec(_partition.Array(name, axes_of(name), shape))
-        types.append(_compat.result_type(pass_name, avals, shape, dtype, part))
+        types.append(_compat.result_type(pass_.name, avals, shape, dtype, part))
     return types
 
 
@@ -162,7 +158,9 @@ def _named_arrays(
     return tuple(_partition.Array(n, axes_of(n), tuple(shape)) for n, shape in pairs)
 
 
-def _arrays(present: Sequence[str], avals: Sequence[Any]) -> tuple[_partition.Array, ...]:
+def _arrays(
+    present: Sequence[str], avals: Sequence[Any]
+) -> tuple[_partition.Array, ...]:
     return _named_arrays(present, [a.shape for a in avals])
 
 
@@ -180,7 +178,7 @@ class _Local:
         return self.function(*arrays, **dict(self.params))
 
 
-def _lower_over_mesh(pass_: Pass) -> Any:
+def _lower_over_mesh(pass_: Pass, inner: Primitive) -> Any:
     """Lowers an outer primitive: `_local` does one device's share of it."""
 
     def rule(ctx: Any, *operands: Any, **params: Any) -> Any:
@@ -195,7 +193,7 @@ def _lower_over_mesh(pass_: Pass) -> Any:
         # Axes that XLA assigns inside a region where others are manual or explicit.
         left_over = bool(mesh.auto_axes and (mesh.manual_axes or mesh.explicit_axes))
         names = pass_.results(params["spec"], params["wrt"])
-        params = {**params, "pass_": pass_, "together": left_over}
+        params = {**params, "pass_": pass_, "inner": inner, "together": left_over}
         local = _Local(_local, tuple(sorted(params.items())))
         if not mesh.explicit_axes and left_over:
             return _compat.lower_plain(local, ctx, *operands)
@@ -218,6 +216,7 @@ def _lower_over_mesh(pass_: Pass) -> Any:
 def _local(
     *arrays: jax.Array,
     pass_: Pass,
+    inner: Primitive,
     spec: AttentionSpec,
     present: Any,
     mapped: int,
@@ -242,7 +241,7 @@ def _local(
         flat.append(_flatten_batch(a, batch, len(axes_of(name))))
     params = dict(spec=spec, present=present, wrt=wrt, together=together)
     results = []
-    for name, r in zip(names, pass_.inner.bind(*flat, **params), strict=True):
+    for name, r in zip(names, inner.bind(*flat, **params), strict=True):
         lead = leads.get(name, batch)
         if math.prod(lead) == r.shape[0]:
             results.append(r.reshape(*lead, *r.shape[1:]))
@@ -254,9 +253,7 @@ def _local(
     return results
 
 
-def _empty(
-    name: str, named: Named, batch: Shape, leads: dict[str, Shape]
-) -> jax.Array:
+def _empty(name: str, named: Named, batch: Shape, leads: dict[str, Shape]) -> jax.Array:
     """A result where there are no rows, or no keys: every row is an empty row."""
     if name in named:  # a gradient
         like = named[name]
@@ -272,7 +269,9 @@ def _empty(
     if sinks is None:
         return jnp.full(shape, -jnp.inf if name in ("lse", "largest") else 0, dtype)
     sinks = jnp.broadcast_to(sinks.astype(dtype)[..., None], shape)
-    return sinks if name == "lse" else zero_past(sinks, named.get("query_seq_lengths"), -1)
+    return (
+        sinks if name == "lse" else zero_past(sinks, named.get("query_seq_lengths"), -1)
+    )
 
 
 def _flatten_batch(a: jax.Array, batch: Shape, axes: int) -> jax.Array:
@@ -283,108 +282,6 @@ def _flatten_batch(a: jax.Array, batch: Shape, axes: int) -> jax.Array:
         a = jnp.broadcast_to(a, (*batch, *rest))
         lead = batch
     return a.reshape(math.prod(lead), *rest)
-
-
-# ------------------------------------------------------------------ inner: per platform
-
-
-@dataclasses.dataclass(frozen=True)
-class _Platform:
-    name: str
-    together: bool  # entries at once, for XLA to partition over left-over mesh axes
-
-    @property
-    def sequential(self) -> bool:
-        return self.name == "cpu" and not self.together
-
-
-def _run_forward(
-    on: _Platform, spec: AttentionSpec, x: Operands, rows: Named, wrt: Any
-) -> list[jax.Array]:
-    del rows, wrt
-    if _kernels_serve(on, spec, _ffi.forward_lack(spec, x)):
-        return _ffi.forward(spec, x)
-    results = _blockwise.forward(spec, x, sequential=on.sequential)
-    return list(results)[: 3 if spec.return_max_logit else 2]
-
-
-def _run_backward(
-    on: _Platform, spec: AttentionSpec, x: Operands, rows: Named, wrt: tuple[str, ...]
-) -> list[jax.Array]:
-    _kernels_serve(on, spec, "the CUDA kernels have no gradient yet")
-    delta = row_delta(rows["out"], rows["dout"], rows.get("dlse"))
-    arrays = (rows["dout"], rows["lse"], delta, wrt)
-    grads = _blockwise.backward(spec, x, *arrays, sequential=on.sequential)
-    return [grads[name] for name in ("query", "key", "value", *wrt)]
-
-
-def _run_tangent(
-    on: _Platform, spec: AttentionSpec, x: Operands, rows: Named, wrt: Any
-) -> list[jax.Array]:
-    del wrt
-    return _tangents.tangent(spec, x, rows, sequential=on.sequential)
-
-
-def _run_tangent2(
-    on: _Platform, spec: AttentionSpec, x: Operands, rows: Named, wrt: Any
-) -> list[jax.Array]:
-    del wrt
-    return _tangents.tangent2(spec, x, rows, sequential=on.sequential)
-
-
-def _run_second(
-    on: _Platform, spec: AttentionSpec, x: Operands, rows: Named, wrt: tuple[str, ...]
-) -> list[jax.Array]:
-    delta = row_delta(rows["out"], rows["dout"], rows.get("dlse"))
-    t_delta = row_delta(rows["t_out"], rows["dout"], None)
-    if "u_dout" in rows:
-        t_delta += row_delta(rows["out"], rows["u_dout"], rows.get("u_dlse"))
-    rows = rows | {"delta": delta, "t_delta": t_delta}
-    grads = _second.second(spec, x, rows, wrt, sequential=on.sequential)
-    return [grads[name] for name in ("query", "key", "value", *wrt)]
-
-
-def _kernels_serve(on: _Platform, spec: AttentionSpec, lack: str | None) -> bool:
-    """Whether a call lowered for a platform goes to the CUDA kernels.
-
-    Raises NotImplementedError where it must and cannot.
-    """
-    if spec.implementation == "blockwise":
-        return False
-    if on.name == "cuda":
-        if on.together:
-            lack = (
-                "a kernel cannot be split over mesh axes that a shard_map leaves to the "
-                "compiler; make all axes manual"
-            )
-        return _ffi.use_kernels(spec, lack)
-    if spec.implementation is not None:
-        raise NotImplementedError(
-            f"flash_attention: implementation={spec.implementation!r} runs on NVIDIA "
-            "GPUs only, and this call is compiled for another platform"
-        )
-    return False
-
-
-def row_delta(out: jax.Array, dout: jax.Array, dlse: jax.Array | None) -> jax.Array:
-    """D of Algorithm 2, line 4: row sums of dO * O, less the logsumexp's cotangent.
-
-    ``(batch..., l, h, e)`` to ``(batch..., h, l)``, in the accumulator's dtype.
-    """
-    dtype = accumulator(out.dtype)
-    delta = jnp.swapaxes((out.astype(dtype) * dout.astype(dtype)).sum(-1), -1, -2)
-    return delta if dlse is None else delta - dlse
-
-
-def zero_past(x: jax.Array, lengths: jax.Array | None, axis: int) -> jax.Array:
-    """``x`` ``(batch..., ...)`` with zeros at and past the lengths ``(batch...)`` along
-    ``axis``, which is negative."""
-    if lengths is None:
-        return x
-    row = jnp.arange(x.shape[axis], dtype=jnp.int32)
-    row = row.reshape((1,) * (x.ndim + axis) + (-1,) + (1,) * (-axis - 1))
-    lengths = lengths.reshape(lengths.shape + (1,) * (x.ndim - lengths.ndim))
-    return jnp.where(row < lengths, x, 0)
 
 
 # --------------------------------------------------------------------------------- vmap
@@ -403,51 +300,22 @@ def _batch_rule(primitive: Primitive) -> Any:
     return rule
 
 
-# ------------------------------------------------------------------------------- passes
+# ------------------------------------------------------------------------ registration
 
 
-@dataclasses.dataclass(frozen=True)
-class Pass:
-    """One of the maps that a call and its derivatives are made of.
-
-    Attributes:
-      run: what the inner primitive runs on a platform; takes the operands, the other
-        arrays by name, and ``wrt``.
-      results: names of the results, by spec and ``wrt``.
-    """
-
-    outer: Primitive
-    inner: Primitive
-    run: Callable[..., list[jax.Array]]
-    results: Callable[[AttentionSpec, tuple[str, ...]], tuple[str, ...]]
-
-
-def _forward_results(spec: AttentionSpec, wrt: tuple[str, ...]) -> tuple[str, ...]:
-    del wrt
-    return ("out", "lse", "largest")[: 3 if spec.return_max_logit else 2]
-
-
-def _gradient_results(spec: AttentionSpec, wrt: tuple[str, ...]) -> tuple[str, ...]:
-    del spec
-    return ("query", "key", "value", *wrt)
-
-
-PASSES: dict[str, Pass] = {}
-
-
-def _make_pass(name: str, run: Any, results: Any) -> Primitive:
-    types = functools.partial(_types, name)
-    outer = _compat.make_primitive(name, types)
-    inner = _compat.make_primitive(f"{name}_call", types)
-    pass_ = PASSES[name] = Pass(outer, inner, run, results)
+def _make_primitive(pass_: Pass) -> Primitive:
+    """The outer primitive of a pass, with its inner one."""
+    types = functools.partial(_types, pass_)
+    outer = _compat.make_primitive(pass_.name, types)
+    inner = _compat.make_primitive(f"{pass_.name}_call", types)
     _compat.needs_devices(outer)
-    _compat.register_lowering(outer, _lower_over_mesh(pass_))
+    _compat.register_lowering(outer, _lower_over_mesh(pass_, inner))
     batching.primitive_batchers[outer] = _batch_rule(outer)
 
     def call(platform: str, *arrays: jax.Array, **params: Any) -> list[jax.Array]:
-        x, rows = _unflatten(params["present"], arrays)
-        on = _Platform(platform, params["together"])
-        return run(on, params["spec"], x, rows, params["wrt"])
+        x, rows = split_named(dict(zip(params["present"], arrays, strict=True)))
+        on = Platform(platform, params["together"])
+        return pass_.run(on, params["spec"], x, rows, params["wrt"])
 
     # The first serves every platform that is not named after it.
     for platform in ("any", "cpu", "cuda"):
@@ -456,12 +324,8 @@ def _make_pass(name: str, run: Any, results: Any) -> Primitive:
     return outer
 
 
-forward_p = _make_pass("flash2_forward", _run_forward, _forward_results)
-backward_p = _make_pass("flash2_backward", _run_backward, _gradient_results)
-tangent_p = _make_pass(
-    "flash2_tangent", _run_tangent, lambda spec, wrt: ("t_out", "t_lse")
-)
-tangent2_p = _make_pass(
-    "flash2_tangent2", _run_tangent2, lambda spec, wrt: ("w_out", "w_lse")
-)
-second_p = _make_pass("flash2_second", _run_second, _gradient_results)
+forward_p = _make_primitive(_passes.FORWARD)
+backward_p = _make_primitive(_passes.BACKWARD)
+tangent_p = _make_primitive(_passes.TANGENT)
+tangent2_p = _make_primitive(_passes.TANGENT2)
+second_p = _make_primitive(_passes.SECOND)

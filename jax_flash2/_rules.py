@@ -33,17 +33,15 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.interpreters import ad
 
 from jax_flash2 import _compat
+from jax_flash2._passes import Named, row_delta, zero_past
 from jax_flash2._primitives import (
-    Named,
     backward_p,
     bind,
     forward_p,
-    row_delta,
     second_p,
     split_named,
     tangent2_p,
     tangent_p,
-    zero_past,
 )
 from jax_flash2._spec import DIFFERENTIABLE, SIDE_OPERANDS, AttentionSpec
 
@@ -322,7 +320,9 @@ def _wanted(letter: str, linear: Named) -> tuple[str, ...]:
     return tuple(_operands(_of(letter, linear)))
 
 
-def _tangent_transpose(cts: Any, arrays: Named, at: _At, linear: Named, wrt: Any) -> Named:
+def _tangent_transpose(
+    cts: Any, arrays: Named, at: _At, linear: Named, wrt: Any
+) -> Named:
     del arrays, wrt
     return _prefixed("t", at.backward(at.cotangent(*cts), _wanted("t", linear)))
 
@@ -351,7 +351,9 @@ def _backward_transpose(
     return {"dout": out, "dlse": lse}
 
 
-def _second_transpose(cts: Any, arrays: Named, at: _At, linear: Named, wrt: Any) -> Named:
+def _second_transpose(
+    cts: Any, arrays: Named, at: _At, linear: Named, wrt: Any
+) -> Named:
     u = at.with_residuals(_directions(cts, wrt))
     results = {"u_dout": u["out"], "u_dlse": u["lse"]}
     wanted = _wanted("t", linear)

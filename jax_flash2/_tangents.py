@@ -140,7 +140,9 @@ def _tangent_tile(
     s_t = scores_along(spec, here, at, t).s
     p = jnp.exp(at.s - rows["lse"][..., None])
     kept = survivors(spec, here, p)
-    return _times_values([(kept * s_t, here.x.value), (kept, t.value)]), (p * s_t).sum(-1)
+    return _times_values([(kept * s_t, here.x.value), (kept, t.value)]), (p * s_t).sum(
+        -1
+    )
 
 
 def _tangent2_tile(
@@ -173,7 +175,9 @@ def _sink_part(x: Operands, t: Operands, u: Operands, rows: Rows) -> jax.Array:
     p = jnp.exp(x.sinks.astype(dtype)[:, None] - rows["lse"])
 
     def centred(d: Operands, name: str) -> jax.Array:
-        sink = jnp.zeros((), dtype) if d.sinks is None else d.sinks.astype(dtype)[:, None]
+        sink = (
+            jnp.zeros((), dtype) if d.sinks is None else d.sinks.astype(dtype)[:, None]
+        )
         return sink - rows[name] if name in rows else sink
 
     if "u_lse" not in rows:

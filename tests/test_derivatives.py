@@ -99,7 +99,7 @@ def directions(inputs: Inputs, seed: int = 1) -> list[Tree]:
     return [
         {
             n: jnp.asarray(rng.standard_normal(x.shape), x.dtype)
-            for n, x in inputs.wrt.items()
+            for n, x in sorted(inputs.wrt.items())
         }
         for _ in range(2)
     ]
