@@ -94,7 +94,9 @@ class Block(nnx.Module):
         shift1, scale1, gate1, shift2, scale2, gate2 = jnp.split(parts, 6, -1)
         h = self.norm(x) * (1 + scale1) + shift1
         qkv = self.qkv(h).reshape(*h.shape[:-1], 3 * self.heads, -1)
-        attended = jax_flash2.flash_attention(*jnp.split(qkv, 3, -2), forward_mode=True)
+        attended: Any = jax_flash2.flash_attention(
+            *jnp.split(qkv, 3, -2), forward_mode=True
+        )
         x += gate1 * self.out(attended.reshape(x.shape))
         h = self.norm(x) * (1 + scale2) + shift2
         return x + gate2 * self.down(nnx.gelu(self.up(h)))
@@ -239,12 +241,12 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         return (params, average, moments), (value, error)
 
     state = params, jax.tree.map(jnp.copy, params), optimizer.init(params)
-    update = update.lower(state, jnp.int32(0)).compile()
+    compiled = update.lower(state, jnp.int32(0)).compile()
     history: dict[str, list[float]] = {"loss": [], "error": []}
     began = time.perf_counter()
     with tqdm(total=args.steps, unit="step", disable=None) as progress:
         for step in range(args.steps):
-            state, (value, error) = update(state, jnp.int32(step))
+            state, (value, error) = compiled(state, jnp.int32(step))
             history["loss"].append(float(value))
             history["error"].append(float(error))
             if not math.isfinite(history["error"][-1]):

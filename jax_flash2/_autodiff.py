@@ -71,10 +71,8 @@ def _attend_backward(spec: AttentionSpec, residuals: Any, cotangents: Any) -> An
         dout = jnp.zeros(dout.shape, dout.dtype)
     # What arrives past a length may be anything: replace it before it is multiplied.
     dout = zero_past(dout, x.query_seq_lengths, -3)
-    if isinstance(dlse, SymbolicZero):
-        dlse = None
-    else:
-        dlse = zero_past(dlse, x.query_seq_lengths, -1)
+    zero = isinstance(dlse, SymbolicZero)
+    dlse = None if zero else zero_past(dlse, x.query_seq_lengths, -1)
     side = tuple(name for name in wanted.names if name != "sinks")
     grads = _primitives.backward(spec, x, out, lse, dout, dlse, side)
     if "sinks" in wanted.names:

@@ -109,7 +109,7 @@ def result_type(
 def with_type_of(x: jax.Array, like: Any) -> jax.Array:
     """``x`` split over Explicit mesh axes as ``like``, an array or a type, is: the type
     of a cotangent is fixed."""
-    aval = like if isinstance(like, jax.core.ShapedArray) else jax.typeof(like)
+    aval = like if isinstance(like, _core.ShapedArray) else jax.typeof(like)
     sharding = aval.sharding
     return jax.sharding.reshard(x, sharding) if sharding.mesh.explicit_axes else x
 

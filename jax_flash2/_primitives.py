@@ -108,7 +108,9 @@ def _types(
     named = dict(zip(present, avals, strict=True))
     batch = _batch_shape(present, avals)
     explicit = bool(avals[0].sharding.mesh.explicit_axes)
-    lay = explicit and _partition.explicit_layout(_arrays(present, avals), avals)
+    lay = None
+    if explicit:
+        lay = _partition.explicit_layout(_arrays(present, avals), avals)
     types = []
     for name in pass_.results(spec, wrt):
         part = None
@@ -128,7 +130,7 @@ def _types(
             shape = (*batch, *(_sizes(named)[letter] for letter in axes_of(name)))
             query = named["query"].dtype
             dtype = query if base_name(name) == "out" else accumulator(query)
-            if explicit:
+            if lay is not None:
                 part = lay.spec(_partition.Array(name, axes_of(name), shape))
         types.append(_compat.result_type(pass_.name, avals, shape, dtype, part))
     return types

@@ -161,12 +161,13 @@ def _tangent2_tile(
 
 
 def _times_values(pairs: list[tuple[jax.Array, jax.Array | None]]) -> jax.Array:
-    """The sum of products of weights and values; a value of None is zero."""
-    return sum(
+    """The sum of products of weights and values, the first of which is not None."""
+    parts = [
         dot("gls,se->gle", weights.astype(value.dtype), value)
         for weights, value in pairs
         if value is not None
-    )
+    ]
+    return sum(parts[1:], parts[0])
 
 
 def _sink_part(x: Operands, t: Operands, u: Operands, rows: Rows) -> jax.Array:

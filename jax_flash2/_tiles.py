@@ -60,8 +60,8 @@ def tile(sizes: Sizes, x: Operands, i: jax.Array, j: jax.Array) -> Tile:
         (("query",), row, x.query_seq_lengths),
         (("key", "value"), column, x.key_value_seq_lengths),
     ):
-        for name in names if length is not None else ():
-            if name in parts:
+        for name in names:
+            if name in parts and length is not None:
                 within = (index < length).reshape(*[1] * (parts[name].ndim - 2), -1, 1)
                 parts[name] = jnp.where(within, parts[name], 0)
     return Tile(Operands(**parts), row, column)
