@@ -118,7 +118,7 @@ class Velocity(nnx.Module):
         frequencies = jnp.exp(jnp.linspace(0, math.log(30), self.width // 2))
 
         def waves(time: Array) -> Array:
-            angle = time[:, None] * frequencies
+            angle = time[:, None] * frequencies[None]
             return jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], -1)
 
         condition = self.times(jnp.concatenate([waves(t), waves(t - r)], -1))
