@@ -4,7 +4,7 @@ Between ``<!-- results: NAME -->`` and ``<!-- end -->`` in README.md stands what
   GPU/fwd, GPU/bwd    TFLOP/s of every contender, such as h100/fwd
   cpu/speed           milliseconds on CPU, and how many times the dense path's speed
   cpu/memory          peak memory on CPU
-  NAME/meta           what NAME was measured on, for any of them
+  GPU/meta, cpu/meta  on what, with what, and when it was measured
 
   python benchmarks/report.py           rewrites README.md, and the plots results/GPU/*.png
   python benchmarks/report.py --check   fails where README.md is not what it would write
@@ -122,13 +122,15 @@ def about(results: dict[str, Any]) -> str:
 
 
 def block(name: str) -> str:
-    folder, which, *rest = name.split("/")
-    file = f"{which}.json" if folder == "cpu" else "attention.json"
-    path = _results.FOLDER / folder / file
+    folder, which = name.split("/")
+    file = (
+        "attention" if folder != "cpu" else "memory" if which == "memory" else "speed"
+    )
+    path = _results.FOLDER / folder / f"{file}.json"
     if not path.exists():
-        sys.exit(f"README.md wants {name}, but there is no {path}")
+        return "Not measured yet.\n"
     results = _results.read(path)
-    if rest == ["meta"]:
+    if which == "meta":
         return about(results)
     if folder == "cpu":
         return {"speed": cpu_speed, "memory": cpu_memory}[which](results)

@@ -42,7 +42,7 @@ def lower_plain(
     Under `jax.shard_map` the operands' types name the mesh axes they vary over, which a
     loop's fresh initial values would not; inside a lowering nothing checks or needs them.
     """
-    plain = [jax.core.ShapedArray(a.shape, a.dtype) for a in ctx.avals_in]
+    plain = [_core.ShapedArray(a.shape, a.dtype) for a in ctx.avals_in]
     with _mesh.use_abstract_mesh(_mesh.empty_abstract_mesh):
         return lower(function, ctx.replace(avals_in=plain), *operands, **params)
 

@@ -11,6 +11,8 @@ what one thread of a tensor-core tile holds, so that a kernel calls the generato
 for eight of its elements. Rates are resolved to 1 / 65536.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -45,7 +47,7 @@ def philox(counter, key) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     return c0, c1, c2, c3
 
 
-def streams(key: jax.Array, batch_shape: tuple[int, ...], heads: int) -> jax.Array:
+def streams(key: Any, batch_shape: tuple[int, ...], heads: int) -> jax.Array:
     """One Philox key for each (batch entry, head): uint32 ``(batch..., heads, 2)``.
 
     Computed from indices alone, so it may be sharded over batch and heads like the
@@ -59,14 +61,16 @@ def streams(key: jax.Array, batch_shape: tuple[int, ...], heads: int) -> jax.Arr
         entry = entry * jnp.uint32(size) + index
     head = jax.lax.broadcasted_iota(jnp.uint32, shape, len(batch_shape))
     # The last counter word tells these calls from those for elements, which have 0.
-    words = philox(
-        (entry, head, jnp.uint32(0), jnp.uint32(1)), (seed[0], seed[1])
-    )
+    words = philox((entry, head, jnp.uint32(0), jnp.uint32(1)), (seed[0], seed[1]))
     return jnp.stack(words[:2], axis=-1)
 
 
 def keep(
-    stream: jax.Array, row: jax.Array, column: jax.Array | int, columns: int, rate: float
+    stream: jax.Array,
+    row: jax.Array,
+    column: jax.Array | int,
+    columns: int,
+    rate: float,
 ) -> jax.Array:
     """True where an element survives: bool ``(..., rows, columns)``.
 

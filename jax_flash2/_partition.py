@@ -282,9 +282,7 @@ def _sharding_rule(call: Call) -> SdyShardingRule:
     An axis of size 1 that broadcasts gets a factor of its own.
     """
     query = call.operands[0]
-    batch = [
-        max(a.shape[i] for a in call.operands) for i in range(query.batch_axes)
-    ]
+    batch = [max(a.shape[i] for a in call.operands) for i in range(query.batch_axes)]
     sizes = {f"b{i}": n for i, n in enumerate(batch)}
     for a in call.operands:
         for letter, n in zip(a.axes, a.shape[a.batch_axes :], strict=True):
@@ -344,7 +342,9 @@ def explicit(
         )
         outputs = body(*map(with_spec, arrays, avals, in_specs))
         return [
-            y if aval.sharding.spec == spec else with_spec(y, jax.typeof(y), aval.sharding.spec)
+            y
+            if aval.sharding.spec == spec
+            else with_spec(y, jax.typeof(y), aval.sharding.spec)
             for y, spec, aval in zip(outputs, out_specs, results, strict=True)
         ]
 

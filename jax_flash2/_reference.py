@@ -73,7 +73,9 @@ def attention(
         probabilities = jnp.where(kept, survivors, 0)
     grouped = (*batch, kv_heads, heads // kv_heads, q_length, kv_length)
     probabilities = probabilities.reshape(grouped)
-    out = jnp.einsum("...ngls,...sne->...lnge", probabilities, value, precision="highest")
+    out = jnp.einsum(
+        "...ngls,...sne->...lnge", probabilities, value, precision="highest"
+    )
     out = out.reshape(*batch, q_length, heads, x.value.shape[-1]).astype(x.query.dtype)
     out = _zero_past(out, row, x.query_seq_lengths)
     max_logit = jnp.max(largest, axis=-1, initial=-jnp.inf)

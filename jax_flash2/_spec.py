@@ -110,7 +110,7 @@ def accumulator(dtype: Any) -> Any:
     return jnp.float64 if dtype == jnp.float64 else jnp.float32
 
 
-def require(condition: bool, message: str) -> None:
+def require(condition: bool | np.bool_, message: str) -> None:
     if not condition:
         raise ValueError(f"flash_attention: {message}")
 
@@ -271,7 +271,9 @@ def check_window(window: Any) -> tuple[int | None, int | None]:
         return None, None
     sides = (window, window) if _is_static_int(window) else window
     rule = "local_window_size must be an int or a pair (left, right) of ints or None"
-    require(isinstance(sides, (tuple, list)) and len(sides) == 2, f"{rule}; got {window!r}")
+    require(
+        isinstance(sides, (tuple, list)) and len(sides) == 2, f"{rule}; got {window!r}"
+    )
     for side in sides:
         require(side is None or _is_static_int(side), f"{rule}; got {window!r}")
         require(
@@ -300,7 +302,9 @@ def check_static(
         f"{', '.join(map(repr, IMPLEMENTATIONS))}; got {implementation!r}",
     )
     for name, flag in {"is_causal": is_causal, **flags}.items():
-        require(isinstance(flag, (bool, np.bool_)), f"{name} must be a bool; got {flag!r}")
+        require(
+            isinstance(flag, (bool, np.bool_)), f"{name} must be a bool; got {flag!r}"
+        )
     require(
         chunk_size is None or (_is_static_int(chunk_size) and chunk_size > 0),
         f"chunk_size must be a positive int; got {chunk_size!r}",

@@ -172,7 +172,9 @@ def flash_attention(
         scale=None if scale is None else jnp.reshape(scale, (1,) * len(batch)),
         bias=_spec.check_floats("bias", bias, query, scores, meaning),
         mask=_spec.check_mask(mask, scores),
-        query_seq_lengths=integers("query_seq_lengths", query_seq_lengths, (0, q_length)),
+        query_seq_lengths=integers(
+            "query_seq_lengths", query_seq_lengths, (0, q_length)
+        ),
         key_value_seq_lengths=integers(
             "key_value_seq_lengths", key_value_seq_lengths, (0, kv_length)
         ),
@@ -205,5 +207,6 @@ def flash_attention(
     if return_residual:
         results.append(jnp.swapaxes(lse, -1, -2))
     if return_max_logit:
+        assert max_logit is not None
         results.append(jax.lax.stop_gradient(max_logit))
     return results[0] if len(results) == 1 else tuple(results)

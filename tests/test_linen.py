@@ -50,7 +50,7 @@ def assert_differ(a, b):
         {"qkv_features": 32, "out_features": 8, "use_bias": False},
         {"normalize_qk": True, "out_kernel_init": nn.initializers.normal()},
     ],
-    ids=str,
+    ids=",".join,
 )
 def test_parameters_and_their_values_are_those_of_flax(arguments):
     a, b = layers(**arguments)

@@ -1,12 +1,13 @@
 """Every option does something, and does what the reference says."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from cases import OPTIONS, Case, blocks_of, quick_compilation, results
 from compare import assert_all_close, assert_bitwise_equal
-from jax_flash2 import flash_attention
+from jax_flash2 import _blockwise, flash_attention
 
 # Options that ask for more than the output, or for the way it is made.
 WITHOUT_EFFECT = {"max_logit", "deterministic"}
@@ -55,6 +56,89 @@ def test_gradient_of_an_operand_that_broadcasts_is_summed(name, shape):
     got = results(inputs)
     assert got[f"d{name}"].shape == shape
     assert_all_close(got, results(inputs, "reference", jit=False))
+
+
+@pytest.mark.parametrize(
+    ("options", "low"),
+    [
+        (("prefix",), 0),
+        (("causal", "offset"), -20),
+        (("window", "offset"), -20),
+        (("chunk", "offset"), -20),
+        (("key_lengths",), 0),
+        (("query_lengths", "causal"), 0),
+    ],
+    ids=lambda x: "+".join(x) if isinstance(x, tuple) else "",
+)
+def test_every_value_of_a_traced_fact(options, low):
+    """All at once, one for each batch entry: across every edge of the blocks."""
+    case = Case(options, 40, 40, (60,), heads=1, kv_heads=1, head_dim=4, value_dim=4)
+    inputs = case.inputs()
+    values = jnp.arange(low, low + 60, dtype=jnp.int32)
+    (name,) = inputs.fixed
+    inputs = inputs.replace(**{name: values if low else jnp.minimum(values, 40)})
+    assert_all_close(results(inputs), results(inputs, "reference"))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("prefix", "offset", "bias_of_heads", "sinks", "dropout"),
+        ("window", "offset", "key_lengths", "alibi", "max_logit"),
+        ("causal", "query_lengths", "segments_packed", "bias", "scale_traced"),
+    ],
+    ids="+".join,
+)
+def test_entries_may_run_together(options, monkeypatch):
+    """As they do where there is no CPU: all entries in one loop over shared blocks."""
+    inputs = Case(options).inputs()
+    runs = []
+
+    def together(function):
+        def run(*arguments, sequential):
+            runs.append(sequential)
+            return function(*arguments, sequential=False)
+
+        return run
+
+    for name in ("forward", "backward"):
+        monkeypatch.setattr(_blockwise, name, together(getattr(_blockwise, name)))
+    jax.clear_caches()
+    got = results(inputs)
+    assert runs == [True, True]
+    jax.clear_caches()
+    assert_all_close(got, results(inputs, "reference", jit=False))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "rows", "columns"),
+    [
+        ({"is_causal": True}, slice(0, 16), slice(16, None)),
+        ({"is_causal": True, "query_offset": -8}, slice(0, 16), slice(16, None)),
+        ({"is_causal": True, "prefix_lengths": 10}, slice(0, 16), slice(16, None)),
+        ({"local_window_size": (8, 8)}, slice(32, None), slice(0, 16)),
+        ({"local_window_size": (None, 0)}, slice(16, 32), slice(32, None)),
+        ({"chunk_size": 32}, slice(32, None), slice(0, 32)),
+        ({"key_value_seq_lengths": 16}, slice(0, None), slice(16, None)),
+        (
+            {"query_segment_ids": np.int32([0] * 16 + [1] * 32)},
+            slice(16, None),
+            slice(0, 16),
+        ),
+        (
+            {"query_segment_ids": np.int32([0] * 16 + [1] * 32)},
+            slice(0, 16),
+            slice(16, None),
+        ),
+    ],
+    ids=lambda x: "+".join(x) if isinstance(x, dict) else "",
+)
+def test_blocks_that_a_mask_excludes_are_not_visited(arguments, rows, columns):
+    """A block that is visited and then masked would spread its NaN: 0 * NaN is NaN."""
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((48, 1, 4)), jnp.float32)
+    value = x.at[columns].set(jnp.nan)
+    out = flash_attention(x, x, value, **arguments, implementation="blockwise")
+    assert np.isfinite(out[rows]).all()
 
 
 def test_max_logit_is_the_largest_visible_score():

@@ -112,9 +112,10 @@ REJECTS = [
          f"right) of ints or None; got {window!r}")
         for window in (1.5, (1,), (1, 2, 3), "ab", (1.0, 2), (True, 1))
     ),
-    ({"local_window_size": -1}, "local_window_size must not be negative; got -1"),
-    ({"local_window_size": (3, -2)}, "local_window_size must not be negative; got (3, -2)"),
-    ({"local_window_size": (2**31, 0)}, "local_window_size must"),
+    ({"local_window_size": -1}, "local_window_size must lie in [0, 2147483647]; got -1"),
+    ({"local_window_size": (3, -2)}, "local_window_size must lie in [0, 2147483647]; got (3, -2)"),
+    ({"local_window_size": (2**31, 0)},
+     "local_window_size must lie in [0, 2147483647]; got (2147483648, 0)"),
     # scale
     ({"scale": float("inf")}, "scale must be finite; got inf"),
     ({"scale": float("nan")}, "scale must be finite; got nan"),
@@ -144,7 +145,7 @@ REJECTS = [
     ({"query_offset": a(3, dtype="int32")},
      "query_offset must broadcast to (batch...) = [2]; got int32[3]"),
     ({"query_offset": a(1, 2, dtype="int32")},
-     "query_offset must have at most 1 axes; got int32[1, 2]"),
+     "query_offset must broadcast to (batch...) = [2]; got int32[1, 2]"),
     # segment ids
     ({"query_segment_ids": a(2, 5, dtype="int32")}, "key_value_segment_ids must be given "
      "where query's length is not key's; got lengths 5 and 7"),
@@ -164,7 +165,8 @@ REJECTS = [
      "length, key length) = [2, 4, 5, 7]; got bool[2, 2, 5, 7]"),
     ({"bias": a(7, 5)}, "bias must broadcast to (batch..., heads, query length, key "
      "length) = [2, 4, 5, 7]; got float32[7, 5]"),
-    ({"bias": a(1, 2, 4, 5, 7)}, "bias must have at most 4 axes; got float32[1, 2, 4, 5, 7]"),
+    ({"bias": a(1, 2, 4, 5, 7)}, "bias must broadcast to (batch..., heads, "
+     "query length, key length) = [2, 4, 5, 7]; got float32[1, 2, 4, 5, 7]"),
     ({"bias": 1.0}, "bias must be an array; got float"),
     ({"bias": a(5, 7, dtype="float16")},
      "bias must be float32 or query's float32; got float16[5, 7]"),
@@ -255,7 +257,7 @@ def test_every_message_names_an_argument_and_what_was_got():
     for arguments, message in REJECTS:
         first = re.match(r"\w+", message)[0]
         assert first in {*names, "head_dim"}, message
-        assert "; got " in message or message.endswith("must"), message
+        assert "; got " in message, message
         given = (
             {*arguments, "head_dim"} if {"key", "value"} & {*arguments} else arguments
         )

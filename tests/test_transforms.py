@@ -180,6 +180,7 @@ def test_gradient_of_vmap_equals_vmap_of_gradient_summed(call):
     got = jax.jit(jax.grad(whole, wrt))(*operands)
     each = jax.jit(jax.vmap(jax.grad(loss, wrt), in_axes=axes))(*operands)
     for name, g, e in zip(call.names, got, each, strict=False):
+        assert e.shape == (3, *call.one[name].shape), name
         assert_close(g, e if name in mapped else e.sum(0), 1e-5, name, relative=True)
 
 

@@ -149,7 +149,10 @@ print(total.hexdigest())
 
 def test_command_buffers_give_the_same_bytes():
     def run(flags):
+        package = os.path.dirname(os.path.dirname(_ffi.__file__))
+        paths = [package, *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
         environment = os.environ | {"XLA_FLAGS": flags}
+        environment["PYTHONPATH"] = os.pathsep.join(p for p in paths if p)
         environment["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
         return subprocess.run(
             [sys.executable, "-c", COMMAND_BUFFERS],

@@ -1,0 +1,109 @@
+// The only host file that talks to the CUDA runtime.
+
+#include <cuda_runtime_api.h>
+
+#include <atomic>
+#include <cstdint>
+
+#include "params.h"
+#include "plan.h"
+#include "problem.h"
+#include "sm80/kernels.h"
+#include "sm80/tiles.h"
+
+namespace flash2 {
+namespace {
+
+constexpr int kMaxDevices = 64;
+
+template <DataType kType>
+const void* find_kernel(const ForwardPlan& plan) {
+  switch (plan.head_dim) {
+    case 64:
+      return sm80::forward_kernel<64, kType>(plan.variant, plan.general);
+    case 128:
+      return sm80::forward_kernel<128, kType>(plan.variant, plan.general);
+    case 256:
+      return sm80::forward_kernel<256, kType>(plan.variant, plan.general);
+  }
+  return nullptr;
+}
+
+// More than 48 KB of shared memory must be asked for, once per kernel and device. Two threads that
+// ask at once do no harm.
+cudaError_t allow_smem(const void* kernel, int bit, uint32_t bytes) {
+  static std::atomic<uint64_t> done[kMaxDevices];
+  int device = 0;
+  if (const cudaError_t error = cudaGetDevice(&device); error != cudaSuccess) return error;
+  const uint64_t mask = uint64_t{1} << bit;
+  if (device < kMaxDevices && (done[device].load(std::memory_order_relaxed) & mask)) {
+    return cudaSuccess;
+  }
+  const cudaError_t error = cudaFuncSetAttribute(
+      kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
+  if (error == cudaSuccess && device < kMaxDevices) {
+    done[device].fetch_or(mask, std::memory_order_relaxed);
+  }
+  return error;
+}
+
+}  // namespace
+
+int query_device(int ordinal, Device* device) {
+  // A device's facts do not change; each word of the cache is written with the same value by all.
+  static std::atomic<int32_t> cache[kMaxDevices][4];
+  const bool cached = ordinal >= 0 && ordinal < kMaxDevices;
+  int32_t facts[4] = {};
+  if (cached) {
+    for (int i = 0; i < 4; ++i) facts[i] = cache[ordinal][i].load(std::memory_order_acquire);
+  }
+  if (facts[0] == 0) {
+    int minor = 0;
+    const struct {
+      int* value;
+      cudaDeviceAttr attribute;
+    } asked[] = {{&facts[0], cudaDevAttrComputeCapabilityMajor},
+                 {&minor, cudaDevAttrComputeCapabilityMinor},
+                 {&facts[1], cudaDevAttrMultiProcessorCount},
+                 {&facts[2], cudaDevAttrMaxSharedMemoryPerBlockOptin},
+                 {&facts[3], cudaDevAttrMaxSharedMemoryPerMultiprocessor}};
+    for (const auto& a : asked) {
+      const cudaError_t error = cudaDeviceGetAttribute(a.value, a.attribute, ordinal);
+      if (error != cudaSuccess) return error;
+    }
+    facts[0] = 10 * facts[0] + minor;
+    if (cached) {
+      for (int i = 3; i >= 0; --i) cache[ordinal][i].store(facts[i], std::memory_order_release);
+    }
+  }
+  *device = Device{facts[0], facts[1], facts[2], facts[3]};
+  return cudaSuccess;
+}
+
+int launch_forward(const ForwardProblem& problem, const ForwardPlan& plan, void* /*workspace*/,
+                   CUstream_st* stream) {
+  if (plan.status != PlanStatus::kOk) return cudaErrorInvalidValue;
+  if (plan.empty) return cudaSuccess;
+  const bool bfloat16 = problem.data_type == DataType::kBFloat16;
+  const void* kernel =
+      bfloat16 ? find_kernel<DataType::kBFloat16>(plan) : find_kernel<DataType::kFloat16>(plan);
+  if (kernel == nullptr) return cudaErrorInvalidDeviceFunction;
+  static_assert(4 * sm80::kForwardTileCount <= 64);
+  const int bit = 4 * plan.variant + 2 * bfloat16 + plan.general;
+  if (const cudaError_t error = allow_smem(kernel, bit, plan.smem_bytes); error != cudaSuccess) {
+    return error;
+  }
+  const uint32_t tiles_q = plan.tiles_q, section = plan.section;
+  ForwardParams params{problem,
+                       tiles_q,
+                       static_cast<uint32_t>(problem.batch) * problem.heads_q,
+                       Divisor(section),
+                       Divisor(section * tiles_q),
+                       Divisor(problem.heads_q),
+                       Divisor(problem.heads_q / problem.heads_kv)};
+  void* arguments[] = {&params};
+  return cudaLaunchKernel(kernel, dim3(plan.grid), dim3(plan.block), arguments, plan.smem_bytes,
+                          stream);
+}
+
+}  // namespace flash2

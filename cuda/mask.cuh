@@ -1,0 +1,98 @@
+// Which keys a query row sees.
+//
+// Causal, prefix, window, chunk and length masks leave one interval of keys per row, and both of
+// its ends rise with the row. That gives the block range of a tile and tells which blocks need a
+// mask at all. Segment ids are no interval; they narrow the range and mask the blocks left.
+#pragma once
+
+#include <cstdint>
+
+#include "problem.h"
+
+namespace flash2 {
+
+struct Interval {
+  int begin;
+  int end;
+};
+
+__device__ __forceinline__ int floor_multiple(int value, int unit) {
+  const int quotient = value / unit;
+  return (quotient - (value % unit < 0 ? 1 : 0)) * unit;
+}
+
+// The structured masks of one batch entry.
+struct Visibility {
+  int offset;  // position of query row 0
+  int prefix;
+  int kv_length;
+
+  __device__ __forceinline__ Visibility(const ForwardProblem& p, int batch) {
+    int64_t position = p.query_offset;
+    if (p.query_offset_operand.data) position += p.query_offset_operand.at(batch);
+    constexpr int64_t kMax = kMaxPosition;
+    offset = static_cast<int>(position < -kMax ? -kMax : position > kMax ? kMax : position);
+    prefix = p.prefix_lengths.data ? p.prefix_lengths.at(batch) : 0;
+    kv_length = p.seq_kv;
+    if (p.key_value_seq_lengths.data) {
+      kv_length = max(0, min(kv_length, p.key_value_seq_lengths.at(batch)));
+    }
+  }
+
+  // The keys that query row `row` sees; empty where end <= begin.
+  __device__ __forceinline__ Interval row(const ForwardProblem& p, int row) const {
+    const int i = row + offset;
+    Interval keys{0, kv_length};
+    if (p.window_left != kUnbounded) keys.begin = max(0, i - p.window_left);
+    if (p.window_right != kUnbounded) keys.end = min(keys.end, i + p.window_right + 1);
+    if (p.is_causal) keys.end = min(keys.end, max(i + 1, prefix));
+    if (p.chunk_size > 0) {
+      const int first = floor_multiple(i, p.chunk_size);
+      keys.begin = max(keys.begin, first);
+      keys.end = min(keys.end, first + p.chunk_size);
+    }
+    return keys;
+  }
+};
+
+// The blocks of kTileKv keys that rows [first, last] need, in the order in which they are visited:
+// first those that cut some row's interval, from the top down, then those that every row sees
+// whole, likewise.
+template <int kTileKv>
+struct BlockRange {
+  int upper;  // masked blocks above the whole ones
+  int lower;  // masked blocks below them
+  int total;
+  int top;        // one past the uppermost block
+  int whole_top;  // one past the uppermost whole block
+  int whole_bottom;
+
+  __device__ __forceinline__ BlockRange(const ForwardProblem& p, const Visibility& visibility,
+                                        int first, int last) {
+    const Interval a = visibility.row(p, first), b = visibility.row(p, last);
+    const int bottom = a.begin / kTileKv;
+    top = (max(b.end, 0) + kTileKv - 1) / kTileKv;
+    total = first <= last ? max(top - bottom, 0) : 0;
+    whole_bottom = (b.begin + kTileKv - 1) / kTileKv;
+    whole_top = max(a.end, 0) / kTileKv;
+    const bool some_whole = whole_bottom < whole_top && total > 0;
+    upper = some_whole ? top - whole_top : total;
+    lower = some_whole ? whole_bottom - bottom : 0;
+  }
+
+  // Leaves only the blocks that hold keys of [keys.begin, keys.end), all of them masked.
+  __device__ __forceinline__ void narrow(Interval keys) {
+    const int bottom = max(top - total, keys.begin / kTileKv);
+    top = min(top, (keys.end + kTileKv - 1) / kTileKv);
+    upper = total = max(top - bottom, 0);
+    lower = 0;
+  }
+  __device__ __forceinline__ int masked() const { return upper + lower; }
+  __device__ __forceinline__ int block(int step) const {
+    if (step < upper) return top - 1 - step;
+    if (step < upper + lower) return whole_bottom - 1 - (step - upper);
+    return whole_top - 1 - (step - upper - lower);
+  }
+};
+
+}  // namespace flash2

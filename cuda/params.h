@@ -1,0 +1,42 @@
+// What a forward kernel receives: the problem, and what the plan adds to it.
+#pragma once
+
+#include <cstdint>
+
+#include "problem.h"
+
+namespace flash2 {
+
+// Division of numbers below 2^31 by a number known on the host: a multiplication and a shift in
+// place of some 25 dependent instructions, of which a block would have five in a row before its
+// first copy.
+struct Divisor {
+  uint32_t value;
+  uint32_t multiplier;
+  uint32_t shift;
+
+  explicit Divisor(uint32_t divisor) : value(divisor), multiplier(0), shift(0) {
+    while (shift < 31 && (uint32_t{1} << shift) < divisor) ++shift;
+    const uint64_t rest = (uint64_t{1} << shift) - divisor;
+    multiplier = static_cast<uint32_t>((rest << 32) / divisor + 1);
+  }
+#ifdef __CUDACC__
+  // For an n that is the same in all lanes. The shuffle tells the compiler so, which then keeps
+  // what follows from it in uniform registers: the main loop has no others to spare.
+  __device__ __forceinline__ uint32_t divide(uint32_t n) const {
+    return __shfl_sync(~0u, (__umulhi(n, multiplier) + n) >> shift, 0);
+  }
+#endif
+};
+
+struct ForwardParams {
+  ForwardProblem problem;
+  uint32_t tiles_q;  // tiles per head
+  uint32_t heads;    // batch * heads_q
+  Divisor section;   // heads that are walked together: scheduler.cuh
+  Divisor section_tiles;
+  Divisor heads_q;
+  Divisor group;  // query heads per key head
+};
+
+}  // namespace flash2

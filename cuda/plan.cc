@@ -1,0 +1,134 @@
+#include "plan.h"
+
+#include <algorithm>
+#include <cstdint>
+
+#include "problem.h"
+#include "sm80/tiles.h"
+
+namespace flash2 {
+namespace {
+
+using sm80::ForwardTile;
+using sm80::kForwardTileCount;
+using sm80::kForwardTiles;
+
+// What the driver takes of a block's shared memory.
+constexpr int kReservedSmem = 1024;
+// K and V of the heads that are walked together: about what an L2 cache holds beside the rest.
+constexpr int64_t kSectionBytes = int64_t{32} << 20;
+
+bool is_head_dim(int32_t d) { return d >= 8 && d <= 256 && d % 8 == 0; }
+bool is_position(int64_t x) { return x >= -kMaxPosition && x <= kMaxPosition; }
+
+bool is_aligned(const void* pointer, const Strides& stride, int64_t batch, int64_t rows,
+                int64_t heads) {
+  const auto odd = [](int64_t s, int64_t size) { return size > 1 && s % 8 != 0; };
+  return reinterpret_cast<uintptr_t>(pointer) % 16 == 0 && !odd(stride.batch, batch) &&
+         !odd(stride.row, rows) && !odd(stride.head, heads);
+}
+
+PlanStatus check(const Device& device, const ForwardProblem& p) {
+  if (device.compute_capability < 80) return PlanStatus::kDeviceTooOld;
+  if (std::min({p.batch, p.heads_q, p.heads_kv, p.seq_q, p.seq_kv, p.chunk_size}) < 0 ||
+      p.soft_cap < 0.0f) {
+    return PlanStatus::kNegativeArgument;
+  }
+  if (std::min(p.window_left, p.window_right) < kUnbounded) return PlanStatus::kNegativeArgument;
+  if (!is_head_dim(p.head_dim) || !is_head_dim(p.head_dim_v)) return PlanStatus::kHeadDim;
+  if (p.heads_q > 0 && (p.heads_kv == 0 || p.heads_q % p.heads_kv != 0)) return PlanStatus::kHeads;
+  for (int32_t x :
+       {p.seq_q, p.seq_kv, p.query_offset, p.window_left, p.window_right, p.chunk_size}) {
+    if (!is_position(x)) return PlanStatus::kTooLong;
+  }
+  if ((p.query_segment_ids.data == nullptr) != (p.key_value_segment_ids.data == nullptr)) {
+    return PlanStatus::kSegmentIds;
+  }
+  if (!is_aligned(p.query, p.query_stride, p.batch, p.seq_q, p.heads_q) ||
+      !is_aligned(p.key, p.key_stride, p.batch, p.seq_kv, p.heads_kv) ||
+      !is_aligned(p.value, p.value_stride, p.batch, p.seq_kv, p.heads_kv) ||
+      !is_aligned(p.out, p.out_stride, p.batch, p.seq_q, p.heads_q)) {
+    return PlanStatus::kAlignment;
+  }
+  return PlanStatus::kOk;
+}
+
+// The first tile of the bucket that fits as often as it was made for, else the last that fits.
+int choose_tile(const Device& device, int bucket) {
+  int chosen = -1;
+  for (int i = 0; i < kForwardTileCount; ++i) {
+    const ForwardTile& tile = kForwardTiles[i];
+    if (tile.head_dim != bucket || tile.smem_bytes() > device.smem_per_block) continue;
+    chosen = i;
+    if (tile.blocks_per_sm * (tile.smem_bytes() + kReservedSmem) <= device.smem_per_sm) break;
+  }
+  return chosen;
+}
+
+}  // namespace
+
+const char* describe(PlanStatus status) {
+  switch (status) {
+    case PlanStatus::kOk:
+      return "the plan is valid";
+    case PlanStatus::kDeviceTooOld:
+      return "the kernels need compute capability 8.0 and the 96 KB of shared memory that such "
+             "devices give to a block";
+    case PlanStatus::kHeadDim:
+      return "head_dim must be a multiple of 8 from 8 to 256, for query, key and value";
+    case PlanStatus::kHeads:
+      return "the heads of key and value must divide those of query";
+    case PlanStatus::kTooLong:
+      return "lengths, offsets, windows and chunks must lie below 2^29";
+    case PlanStatus::kTooManyTiles:
+      return "batch * heads * query tiles must lie below 2^31";
+    case PlanStatus::kSegmentIds:
+      return "segment ids must be given for query and key, or for neither";
+    case PlanStatus::kNegativeArgument:
+      return "sizes, windows, chunk size and soft cap must not be negative";
+    case PlanStatus::kAlignment:
+      return "arrays must be aligned to 16 bytes, and their strides multiples of 8 elements";
+  }
+  return "unknown status";
+}
+
+ForwardPlan plan_forward(const Device& device, const ForwardProblem& p) {
+  ForwardPlan plan;
+  plan.status = check(device, p);
+  if (plan.status != PlanStatus::kOk) return plan;
+
+  const int32_t widest = std::max(p.head_dim, p.head_dim_v);
+  plan.head_dim = widest <= 64 ? 64 : widest <= 128 ? 128 : 256;
+  plan.variant = choose_tile(device, plan.head_dim);
+  if (plan.variant < 0) {
+    plan.status = PlanStatus::kDeviceTooOld;
+    return plan;
+  }
+  const ForwardTile& tile = kForwardTiles[plan.variant];
+  plan.general = p.soft_cap > 0.0f || p.alibi_slopes.data || p.query_segment_ids.data;
+  plan.tile_q = tile.tile_q();
+  plan.tile_kv = tile.tile_kv;
+  plan.stages = 2;
+  plan.block = tile.threads();
+  plan.smem_bytes = tile.smem_bytes();
+
+  const int64_t heads = int64_t{p.batch} * p.heads_q;
+  plan.tiles_q = (p.seq_q + plan.tile_q - 1) / plan.tile_q;
+  const int64_t tiles = heads * plan.tiles_q;
+  if (heads > INT32_MAX || tiles > INT32_MAX) {
+    plan.status = PlanStatus::kTooManyTiles;
+    return plan;
+  }
+  plan.empty = tiles == 0;
+  plan.grid = static_cast<uint32_t>(tiles);
+
+  // Only where the last tiles of a head take longest is it worth walking several heads at once.
+  if (p.is_causal && p.window_left == kUnbounded && p.chunk_size == 0 && !plan.empty) {
+    const int64_t kv_bytes = std::max<int64_t>(
+        1, 2 * int64_t{p.seq_kv} * (p.head_dim + p.head_dim_v) * p.heads_kv / p.heads_q);
+    plan.section = static_cast<int32_t>(std::clamp<int64_t>(kSectionBytes / kv_bytes, 1, heads));
+  }
+  return plan;
+}
+
+}  // namespace flash2

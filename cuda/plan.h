@@ -1,0 +1,67 @@
+// From a problem and the facts of a device to the kernel that runs: a pure host function.
+//
+// plan.cc needs neither CUDA nor a GPU, so that its choices can be tested anywhere; launch.cc is
+// the only host file that talks to the CUDA runtime.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "problem.h"
+
+struct CUstream_st;
+
+namespace flash2 {
+
+struct Device {
+  int32_t compute_capability = 0;  // 10 * major + minor: 80, 86, 89, 90, ...
+  int32_t num_sms = 0;
+  int32_t smem_per_block = 0;  // largest opt-in, in bytes: 232448 on H100, 101376 on 8.6 and 8.9
+  int32_t smem_per_sm = 0;     // 233472 on H100, 102400 on 8.6 and 8.9
+};
+
+enum class PlanStatus : int32_t {
+  kOk = 0,
+  kDeviceTooOld,      // compute capability below 8.0
+  kHeadDim,           // head_dim or head_dim_v not a multiple of 8 in [8, 256]
+  kHeads,             // heads_kv does not divide heads_q
+  kTooLong,           // a length, offset or window beyond kMaxPosition
+  kTooManyTiles,      // more than 2^31 - 1 tiles
+  kSegmentIds,        // only one of the two given
+  kNegativeArgument,  // a negative size, chunk size or soft cap
+  kAlignment,         // a pointer or a stride that is no multiple of 16 bytes
+};
+
+// One sentence without values; the caller, who holds them, adds the values.
+const char* describe(PlanStatus status);
+
+struct ForwardPlan {
+  PlanStatus status = PlanStatus::kOk;
+  bool empty = false;    // nothing to write: no launch
+  int32_t family = 80;   // kernels of sm80/ (later also 90)
+  int32_t head_dim = 0;  // the bucket: 64, 128 or 256
+  int32_t variant = 0;   // index into the family's tile table
+  bool general = false;  // the kernel with soft cap, ALiBi and segment ids
+  int32_t tile_q = 0;
+  int32_t tile_kv = 0;
+  int32_t stages = 0;   // K/V pairs in shared memory
+  int32_t tiles_q = 0;  // query tiles per head
+  int32_t section = 1;  // heads that share the L2 cache: scheduler.cuh
+  uint32_t grid = 0;    // blocks, in x alone
+  uint32_t block = 0;   // threads
+  uint32_t smem_bytes = 0;
+  size_t workspace_bytes = 0;
+};
+
+ForwardPlan plan_forward(const Device& device, const ForwardProblem& problem);
+
+// Facts of a device, asked for once per ordinal. Returns a cudaError_t.
+int query_device(int ordinal, Device* device);
+
+// Enqueues the planned kernel on the current device; neither allocates nor synchronises, and may
+// be captured into a graph. `workspace` holds plan.workspace_bytes, or is null where that is 0.
+// Returns a cudaError_t.
+int launch_forward(const ForwardProblem& problem, const ForwardPlan& plan, void* workspace,
+                   CUstream_st* stream);
+
+}  // namespace flash2

@@ -1,0 +1,74 @@
+// Which query tile a block computes. The grid lies in x alone, which has room for 2^31 - 1 tiles.
+#pragma once
+
+#include <cstdint>
+
+#include "mask.cuh"
+#include "params.h"
+#include "problem.h"
+
+namespace flash2 {
+
+// The query tile of this block and all that is looked up or derived for it.
+//
+// Heads are walked in sections whose keys and values fit the L2 cache together. Inside a section
+// the last tiles of all its heads come first, because under a causal mask they take longest, and
+// the hardware gives the next tile to whichever multiprocessor is free. Without such a mask a
+// section is one head, which keeps the tiles that share keys together.
+template <int kTileQ, int kTileKv>
+struct ForwardWork {
+  int batch;
+  int head;
+  int row0;         // of the tile
+  int q_length;     // rows at or past it see nothing
+  const char* key;  // of the batch entry and the head
+  const char* value;
+  Visibility visibility;
+  BlockRange<kTileKv> range;
+
+  __device__ __forceinline__ explicit ForwardWork(const ForwardParams& params)
+      : ForwardWork(params, Place(params)) {}
+
+ private:
+  struct Place {
+    int batch;
+    int head;
+    int row0;
+    int q_length;
+
+    __device__ __forceinline__ explicit Place(const ForwardParams& params) {
+      const ForwardProblem& p = params.problem;
+      const uint32_t first = params.section_tiles.divide(blockIdx.x) * params.section.value;
+      const uint32_t rest = blockIdx.x - first * params.tiles_q;
+      uint32_t count = params.section.value, from_end = params.section.divide(rest);
+      if (count > params.heads - first) {  // the last section is smaller
+        count = params.heads - first;
+        from_end = rest / count;
+      }
+      const uint32_t head_of_all = first + rest - from_end * count;
+      batch = params.heads_q.divide(head_of_all);
+      head = head_of_all - batch * p.heads_q;
+      row0 = static_cast<int>(params.tiles_q - 1 - from_end) * kTileQ;
+      q_length = p.seq_q;
+      if (p.query_seq_lengths.data) q_length = min(q_length, p.query_seq_lengths.at(batch));
+    }
+  };
+
+  __device__ __forceinline__ ForwardWork(const ForwardParams& params, const Place& place)
+      : batch(place.batch),
+        head(place.head),
+        row0(place.row0),
+        q_length(place.q_length),
+        visibility(params.problem, place.batch),
+        range(params.problem, visibility, place.row0,
+              min(place.row0 + kTileQ, place.q_length) - 1) {
+    const ForwardProblem& p = params.problem;
+    const int head_kv = params.group.divide(head);
+    key = static_cast<const char*>(p.key) +
+          2 * (batch * p.key_stride.batch + head_kv * p.key_stride.head);
+    value = static_cast<const char*>(p.value) +
+            2 * (batch * p.value_stride.batch + head_kv * p.value_stride.head);
+  }
+};
+
+}  // namespace flash2
