@@ -13,7 +13,7 @@ from jax._src import core as _core
 from jax._src import dispatch as _dispatch
 from jax._src import mesh as _mesh
 from jax.extend.core import Primitive
-from jax.interpreters import mlir
+from jax.interpreters import ad, mlir
 
 
 def make_primitive(name: str, abstract_eval: Callable[..., Any]) -> Primitive:
@@ -106,10 +106,16 @@ def result_type(
     )
 
 
-def with_type_of(x: jax.Array, like: jax.Array) -> jax.Array:
-    """``x`` split over Explicit mesh axes as ``like`` is: a cotangent's type is fixed."""
-    sharding = jax.typeof(like).sharding
+def with_type_of(x: jax.Array, like: Any) -> jax.Array:
+    """``x`` split over Explicit mesh axes as ``like``, an array or a type, is: the type
+    of a cotangent is fixed."""
+    aval = like if isinstance(like, _core.ShapedArray) else jax.typeof(like)
+    sharding = aval.sharding
     return jax.sharding.reshard(x, sharding) if sharding.mesh.explicit_axes else x
+
+
+def zero_tangent(x: jax.Array) -> Any:
+    return ad.Zero(jax.typeof(x).to_tangent_aval())
 
 
 def align_varying(arrays: Sequence[jax.Array]) -> list[jax.Array]:

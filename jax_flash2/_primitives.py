@@ -4,11 +4,12 @@ Two layers. The *outer* primitives stand for a whole call: any number of batch a
 abstract evaluation, vmap (a mapped axis becomes a leading batch axis; nothing is
 reshaped or repeated), and a lowering that flattens the batch and binds the *inner*
 ones. These have exactly one batch axis and one lowering per platform: the place where a
-kernel is put beside the blockwise code. Derivatives are `_autodiff`'s.
+kernel is put beside the blockwise code. Derivatives are `_rules`'.
 
-Operands travel as a flat list; the parameter ``present`` names the `Operands` fields
-they belong to. ``mapped`` counts the leading batch axes that vmap made, over which a
-gradient is never summed.
+There is a pair for each of the five passes (`_passes`). Their arrays travel as a flat
+list, named by the parameter ``present``; ``wrt`` names the gradients that are wanted
+beside query's, key's and value's, and ``mapped`` counts the leading batch axes that vmap
+made, over which a gradient is never summed.
 """
 
 from __future__ import annotations
@@ -24,11 +25,9 @@ import jax.numpy as jnp
 from jax.extend.core import Primitive
 from jax.interpreters import batching
 
-from jax_flash2 import _blockwise, _compat, _ffi, _partition
-from jax_flash2._spec import AXES, AttentionSpec, Operands, accumulator
-
-# Axes after the batch axes of the forward's results and their cotangents.
-_RESULT_AXES = {"out": "lhe", "lse": "hl", "dout": "lhe", "dlse": "hl", "largest": "h"}
+from jax_flash2 import _compat, _partition, _passes
+from jax_flash2._passes import Named, Pass, Platform, zero_past
+from jax_flash2._spec import AttentionSpec, Operands, accumulator, axes_of, base_name
 
 Shape = tuple[int, ...]
 
@@ -38,10 +37,8 @@ def forward(
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     """Output ``(batch..., l, h, e)``, logsumexp ``(batch..., h, l)`` and, where the spec
     asks for them, largest logits ``(batch..., h)``."""
-    present, arrays = _flatten(x)
-    results = forward_p.bind(*arrays, spec=spec, present=present, mapped=0)
-    out, lse, *largest = results
-    return out, lse, largest[0] if largest else None
+    results = bind(forward_p, x._asdict(), spec=spec)
+    return results["out"], results["lse"], results.get("largest")
 
 
 def backward(
@@ -57,42 +54,36 @@ def backward(
 
     ``dlse`` is the logsumexp's cotangent, ``(batch..., h, l)``, or None for zero.
     """
-    extra = {"out": out, "lse": lse, "dout": dout, "dlse": dlse}
-    present, arrays = _flatten(x, extra)
-    grads = backward_p.bind(*arrays, spec=spec, present=present, mapped=0, wrt=wrt)
-    return dict(zip(("query", "key", "value", *wrt), grads, strict=True))
+    rows = {"out": out, "lse": lse, "dout": dout, "dlse": dlse}
+    return bind(backward_p, x._asdict() | rows, spec=spec, wrt=wrt)
 
 
-# --------------------------------------------------------------------- operands as lists
+def bind(
+    primitive: Primitive,
+    arrays: Named,
+    *,
+    spec: AttentionSpec,
+    wrt: tuple[str, ...] = (),
+    mapped: int = 0,
+) -> Named:
+    """Binds an outer primitive to arrays by name, absent ones being None."""
+    arrays = {name: a for name, a in arrays.items() if a is not None}
+    params = dict(spec=spec, present=tuple(arrays), wrt=wrt, mapped=mapped)
+    results = primitive.bind(*_compat.align_varying(list(arrays.values())), **params)
+    return dict(
+        zip(_passes.PASSES[primitive.name].results(spec, wrt), results, strict=True)
+    )
 
 
-def _flatten(
-    x: Operands, extra: dict[str, Any] | None = None
-) -> tuple[tuple[str, ...], list[jax.Array]]:
-    named = x._asdict() | (extra or {})
-    named = {name: a for name, a in named.items() if a is not None}
-    return tuple(named), _compat.align_varying(list(named.values()))
-
-
-def _unflatten(
-    present: tuple[str, ...], arrays: Sequence[Any]
-) -> tuple[Operands, dict[str, Any]]:
-    named = dict(zip(present, arrays, strict=True))
-    extra = {name: named.pop(name) for name in present if name in _RESULT_AXES}
-    return Operands(**named), extra
-
-
-def _axes(name: str) -> str:
-    return _RESULT_AXES[name] if name in _RESULT_AXES else getattr(AXES, name)
-
-
-def _batch_axes(x: Operands) -> int:
-    return len(x.query.shape) - len(AXES.query)
+def split_named(arrays: Named) -> tuple[Operands, Named]:
+    """The operands, and what goes with them: results, cotangents and tangents."""
+    x = {name: a for name, a in arrays.items() if name in Operands._fields}
+    return Operands(**x), {n: a for n, a in arrays.items() if n not in x}
 
 
 def _batch_shape(present: tuple[str, ...], arrays: Sequence[Any]) -> Shape:
     shapes = [
-        a.shape[: len(a.shape) - len(_axes(name))]
+        a.shape[: len(a.shape) - len(axes_of(name))]
         for name, a in zip(present, arrays, strict=True)
     ]
     # Sizes are one number or 1, so the number wins also where it is 0.
@@ -104,61 +95,69 @@ def _batch_shape(present: tuple[str, ...], arrays: Sequence[Any]) -> Shape:
 # --------------------------------------------------------------------- abstract evaluation
 
 
-def _forward_types(
-    *avals: Any, spec: AttentionSpec, present: Any, **_: Any
+def _types(
+    pass_: Pass,
+    *avals: Any,
+    spec: AttentionSpec,
+    present: Any,
+    wrt: tuple[str, ...],
+    mapped: int = 0,
+    **_: Any,
 ) -> list[Any]:
-    x, _extra = _unflatten(present, avals)
-    batch = _batch_shape(present, avals)
-    length, heads = x.query.shape[-3:-1]
-    residual = accumulator(x.query.dtype)
-    results: list[tuple[Shape, Any]] = [
-        ((*batch, length, heads, x.value.shape[-1]), x.query.dtype),
-        ((*batch, heads, length), residual),
-    ]
-    if spec.return_max_logit:
-        results.append(((*batch, heads), residual))
-    specs: list[Any] = [None] * len(results)
-    if avals[0].sharding.mesh.explicit_axes:
-        lay = _partition.explicit_layout(_arrays(present, avals), avals)
-        shapes = [shape for shape, _ in results]
-        names = ("out", "lse", "largest")[: len(results)]
-        specs = [lay.spec(a) for a in _named_arrays(names, shapes)]
-    return [
-        _compat.result_type("flash2_forward", avals, shape, dtype, spec)
-        for (shape, dtype), spec in zip(results, specs, strict=True)
-    ]
-
-
-def _backward_types(
-    *avals: Any, present: Any, wrt: tuple[str, ...], mapped: int = 0, **_: Any
-) -> list[Any]:
+    """The types of a pass's results; a gradient is named after its operand."""
     named = dict(zip(present, avals, strict=True))
     batch = _batch_shape(present, avals)
-    query_spec = avals[0].sharding.spec
+    explicit = bool(avals[0].sharding.mesh.explicit_axes)
+    lay = None
+    if explicit:
+        lay = _partition.explicit_layout(_arrays(present, avals), avals)
     types = []
-    for name in ("query", "key", "value", *wrt):
-        like = named[name]
-        lead, rest = like.shape[: len(batch)], like.shape[len(batch) :]
-        lead = batch if name not in wrt else batch[:mapped] + lead[mapped:]
-        # A gradient has its operand's type but for axes that it gained by vmap.
-        spec = None
-        if like.sharding.mesh.explicit_axes:
-            gained = [a != b for a, b in zip(lead, like.shape, strict=False)]
-            own = like.sharding.spec
-            entries = [query_spec[i] if g else own[i] for i, g in enumerate(gained)]
-            spec = jax.sharding.PartitionSpec(*entries, *own[len(batch) :])
-        shape = (*lead, *rest)
-        types.append(
-            _compat.result_type("flash2_backward", avals, shape, like.dtype, spec)
-        )
+    for name in pass_.results(spec, wrt):
+        part = None
+        if name in named:
+            like = named[name]
+            shape, dtype = (
+                _gradient_shape(name, like.shape, batch, wrt, mapped),
+                like.dtype,
+            )
+            if explicit:
+                # As its operand, but for axes that it gained by vmap.
+                own, lead = like.sharding.spec, avals[0].sharding.spec
+                pairs = enumerate(zip(shape, like.shape, strict=True))
+                part = [own[i] if a == b else lead[i] for i, (a, b) in pairs]
+                part = jax.sharding.PartitionSpec(*part)
+        else:
+            shape = (*batch, *(_sizes(named)[letter] for letter in axes_of(name)))
+            query = named["query"].dtype
+            dtype = query if base_name(name) == "out" else accumulator(query)
+            if lay is not None:
+                part = lay.spec(_partition.Array(name, axes_of(name), shape))
+        types.append(_compat.result_type(pass_.name, avals, shape, dtype, part))
     return types
+
+
+def _sizes(named: Named) -> dict[str, int]:
+    return {
+        letter: size
+        for name in ("query", "key", "value")
+        for letter, size in zip(axes_of(name), named[name].shape[-3:], strict=True)
+    }
+
+
+def _gradient_shape(
+    name: str, shape: Shape, batch: Shape, wrt: tuple[str, ...], mapped: int
+) -> Shape:
+    """Query's, key's and value's gradients have the batch axes of the call; others their
+    operand's, apart for the elements of a mapped axis."""
+    lead = batch[:mapped] + shape[mapped : len(batch)] if name in wrt else batch
+    return (*lead, *shape[len(batch) :])
 
 
 def _named_arrays(
     names: Sequence[str], shapes: Sequence[Shape]
 ) -> tuple[_partition.Array, ...]:
     pairs = zip(names, shapes, strict=True)
-    return tuple(_partition.Array(n, _axes(n), tuple(shape)) for n, shape in pairs)
+    return tuple(_partition.Array(n, axes_of(n), tuple(shape)) for n, shape in pairs)
 
 
 def _arrays(
@@ -181,8 +180,8 @@ class _Local:
         return self.function(*arrays, **dict(self.params))
 
 
-def _lower_over_mesh(function: Any, results: Any) -> Any:
-    """Lowers an outer primitive: ``function`` does one device's share of it."""
+def _lower_over_mesh(pass_: Pass, inner: Primitive) -> Any:
+    """Lowers an outer primitive: `_local` does one device's share of it."""
 
     def rule(ctx: Any, *operands: Any, **params: Any) -> Any:
         _compat.restore_stacks()
@@ -195,13 +194,15 @@ def _lower_over_mesh(function: Any, results: Any) -> Any:
         mesh = avals[0].sharding.mesh
         # Axes that XLA assigns inside a region where others are manual or explicit.
         left_over = bool(mesh.auto_axes and (mesh.manual_axes or mesh.explicit_axes))
-        local = _Local(function, (*sorted(params.items()), ("together", left_over)))
+        names = pass_.results(params["spec"], params["wrt"])
+        params = {**params, "pass_": pass_, "inner": inner, "together": left_over}
+        local = _Local(_local, tuple(sorted(params.items())))
         if not mesh.explicit_axes and left_over:
             return _compat.lower_plain(local, ctx, *operands)
         call = _partition.Call(
             local,
             _arrays(params["present"], avals),
-            _named_arrays(results(params), [a.shape for a in ctx.avals_out]),
+            _named_arrays(names, [a.shape for a in ctx.avals_out]),
         )
         if mesh.explicit_axes:
             run = _partition.explicit(call, avals, ctx.avals_out)
@@ -214,77 +215,65 @@ def _lower_over_mesh(function: Any, results: Any) -> Any:
 # ------------------------------------------------------------------- outer to inner: local
 
 
-def _forward_local(
-    *arrays: jax.Array, spec: AttentionSpec, present: Any, mapped: int, together: bool
-) -> list[jax.Array]:
-    """The forward on one device: flattens the batch axes and binds the inner primitive."""
-    del mapped  # the forward sums over nothing
-    batch = _batch_shape(present, arrays)
-    x, _ = _unflatten(present, arrays)
-    if 0 in batch or 0 in x.query.shape or x.key.shape[-3] == 0:
-        return _forward_empty(spec, x, batch)
-    flat = [
-        _flatten_batch(a, batch, len(_axes(name)))
-        for name, a in zip(present, arrays, strict=True)
-    ]
-    results = forward_call_p.bind(*flat, spec=spec, present=present, together=together)
-    return [r.reshape(*batch, *r.shape[1:]) for r in results]
-
-
-def _forward_empty(spec: AttentionSpec, x: Operands, batch: Shape) -> list[jax.Array]:
-    """No rows, or no keys: every row is an empty row."""
-    length, heads = x.query.shape[-3:-1]
-    dtype = accumulator(x.query.dtype)
-    lse = jnp.full((*batch, heads, length), -jnp.inf, dtype)
-    if x.sinks is not None:
-        lse = jnp.broadcast_to(x.sinks.astype(dtype)[..., None], lse.shape)
-    out = jnp.zeros((*batch, length, heads, x.value.shape[-1]), x.query.dtype)
-    results = [out, lse]
-    if spec.return_max_logit:
-        results.append(jnp.full((*batch, heads), -jnp.inf, dtype))
-    return results
-
-
-def _backward_local(
+def _local(
     *arrays: jax.Array,
+    pass_: Pass,
+    inner: Primitive,
     spec: AttentionSpec,
     present: Any,
     mapped: int,
     wrt: tuple[str, ...],
     together: bool,
 ) -> list[jax.Array]:
-    """The backward on one device: flattens the batch axes and binds the inner primitive."""
+    """A pass on one device: flattens the batch axes and binds the inner primitive."""
     batch = _batch_shape(present, arrays)
-    x, _ = _unflatten(present, arrays)
-    names = ("query", "key", "value", *wrt)
-    leads = {}  # batch axes of the gradients of wrt
+    named = dict(zip(present, arrays, strict=True))
+    names = pass_.results(spec, wrt)
+    # Batch axes of the gradients of wrt: elements of a mapped axis keep theirs apart.
+    leads = {}
     for name in wrt:
-        lead = getattr(x, name).shape[: len(batch)]
-        leads[name] = batch[:mapped] + lead[mapped:]
-    if 0 in batch or 0 in x.query.shape or x.key.shape[-3] == 0:
-        likes = [getattr(x, name) for name in names]
-        return [
-            jnp.zeros((*leads.get(name, batch), *like.shape[len(batch) :]), like.dtype)
-            for name, like in zip(names, likes, strict=True)
-        ]
+        shape = _gradient_shape(name, named[name].shape, batch, wrt, mapped)
+        leads[name] = shape[: len(batch)]
+    if 0 in batch or 0 in named["query"].shape or named["key"].shape[-3] == 0:
+        return [_empty(name, named, batch, leads) for name in names]
     flat = []
-    for name, a in zip(present, arrays, strict=True):
-        if name in leads:  # elements of a mapped axis keep their gradients apart
+    for name, a in named.items():
+        if name in leads:
             a = jnp.broadcast_to(a, (*leads[name], *a.shape[len(batch) :]))
-        flat.append(_flatten_batch(a, batch, len(_axes(name))))
+        flat.append(_flatten_batch(a, batch, len(axes_of(name))))
     params = dict(spec=spec, present=present, wrt=wrt, together=together)
-    grads = backward_call_p.bind(*flat, **params)
     results = []
-    for name, g in zip(names, grads, strict=True):
+    for name, r in zip(names, inner.bind(*flat, **params), strict=True):
         lead = leads.get(name, batch)
-        if math.prod(lead) == g.shape[0]:
-            results.append(g.reshape(*lead, *g.shape[1:]))
+        if math.prod(lead) == r.shape[0]:
+            results.append(r.reshape(*lead, *r.shape[1:]))
             continue
         # The operand was repeated along some batch axes and not along others.
-        g = g.reshape(*batch, *g.shape[1:])
+        r = r.reshape(*batch, *r.shape[1:])
         axes = tuple(a for a, n in enumerate(lead) if n != batch[a])
-        results.append(g.sum(axes, keepdims=True))
+        results.append(r.sum(axes, keepdims=True))
     return results
+
+
+def _empty(name: str, named: Named, batch: Shape, leads: dict[str, Shape]) -> jax.Array:
+    """A result where there are no rows, or no keys: every row is an empty row."""
+    if name in named:  # a gradient
+        like = named[name]
+        lead = leads.get(name, batch)
+        return jnp.zeros((*lead, *like.shape[len(batch) :]), like.dtype)
+    shape = (*batch, *(_sizes(named)[letter] for letter in axes_of(name)))
+    query = named["query"].dtype
+    if base_name(name) == "out":
+        return jnp.zeros(shape, query)
+    dtype = accumulator(query)
+    # All that an empty row's logsumexp has is its sink.
+    sinks = named.get({"lse": "sinks", "t_lse": "t_sinks"}.get(name, ""))
+    if sinks is None:
+        return jnp.full(shape, -jnp.inf if name in ("lse", "largest") else 0, dtype)
+    sinks = jnp.broadcast_to(sinks.astype(dtype)[..., None], shape)
+    return (
+        sinks if name == "lse" else zero_past(sinks, named.get("query_seq_lengths"), -1)
+    )
 
 
 def _flatten_batch(a: jax.Array, batch: Shape, axes: int) -> jax.Array:
@@ -295,80 +284,6 @@ def _flatten_batch(a: jax.Array, batch: Shape, axes: int) -> jax.Array:
         a = jnp.broadcast_to(a, (*batch, *rest))
         lead = batch
     return a.reshape(math.prod(lead), *rest)
-
-
-# ------------------------------------------------------------------ inner: per platform
-
-
-def _call_forward(platform: str) -> Any:
-    def run(
-        *arrays: jax.Array, spec: AttentionSpec, present: Any, together: bool
-    ) -> list[jax.Array]:
-        x, _ = _unflatten(present, arrays)
-        lack = _ffi.forward_lack(spec, x)
-        if _kernels_serve(platform, spec, together, lack):
-            return _ffi.forward(spec, x)
-        sequential = platform == "cpu" and not together
-        out, lse, largest = _blockwise.forward(spec, x, sequential=sequential)
-        return [out, lse, largest][: 3 if spec.return_max_logit else 2]
-
-    return run
-
-
-def _call_backward(platform: str) -> Any:
-    def run(
-        *arrays: jax.Array,
-        spec: AttentionSpec,
-        present: Any,
-        wrt: tuple[str, ...],
-        together: bool,
-    ) -> list[jax.Array]:
-        x, extra = _unflatten(present, arrays)
-        lack = "the CUDA kernels have no gradient yet"
-        _kernels_serve(platform, spec, together, lack)
-        dout, lse = extra["dout"], extra["lse"]
-        delta = row_delta(extra["out"], dout, extra.get("dlse"))
-        sequential = platform == "cpu" and not together
-        grads = _blockwise.backward(
-            spec, x, dout, lse, delta, wrt, sequential=sequential
-        )
-        return [grads[name] for name in ("query", "key", "value", *wrt)]
-
-    return run
-
-
-def _kernels_serve(
-    platform: str, spec: AttentionSpec, together: bool, lack: str | None
-) -> bool:
-    """Whether a call lowered for ``platform`` goes to the CUDA kernels.
-
-    Raises NotImplementedError where it must and cannot.
-    """
-    if spec.implementation == "blockwise":
-        return False
-    if platform == "cuda":
-        if together:
-            lack = (
-                "a kernel cannot be split over mesh axes that a shard_map leaves to the "
-                "compiler; make all axes manual"
-            )
-        return _ffi.use_kernels(spec, lack)
-    if spec.implementation is not None:
-        raise NotImplementedError(
-            f"flash_attention: implementation={spec.implementation!r} runs on NVIDIA "
-            "GPUs only, and this call is compiled for another platform"
-        )
-    return False
-
-
-def row_delta(out: jax.Array, dout: jax.Array, dlse: jax.Array | None) -> jax.Array:
-    """D of Algorithm 2, line 4: row sums of dO * O, less the logsumexp's cotangent.
-
-    ``(batch..., l, h, e)`` to ``(batch..., h, l)``, in the accumulator's dtype.
-    """
-    dtype = accumulator(out.dtype)
-    delta = jnp.swapaxes((out.astype(dtype) * dout.astype(dtype)).sum(-1), -1, -2)
-    return delta if dlse is None else delta - dlse
 
 
 # --------------------------------------------------------------------------------- vmap
@@ -387,34 +302,32 @@ def _batch_rule(primitive: Primitive) -> Any:
     return rule
 
 
-forward_p = _compat.make_primitive("flash2_forward", _forward_types)
-backward_p = _compat.make_primitive("flash2_backward", _backward_types)
-forward_call_p = _compat.make_primitive("flash2_forward_call", _forward_types)
-backward_call_p = _compat.make_primitive("flash2_backward_call", _backward_types)
+# ------------------------------------------------------------------------ registration
 
 
-def _forward_results(params: dict[str, Any]) -> tuple[str, ...]:
-    return ("out", "lse", "largest")[: 3 if params["spec"].return_max_logit else 2]
+def _make_primitive(pass_: Pass) -> Primitive:
+    """The outer primitive of a pass, with its inner one."""
+    types = functools.partial(_types, pass_)
+    outer = _compat.make_primitive(pass_.name, types)
+    inner = _compat.make_primitive(f"{pass_.name}_call", types)
+    _compat.needs_devices(outer)
+    _compat.register_lowering(outer, _lower_over_mesh(pass_, inner))
+    batching.primitive_batchers[outer] = _batch_rule(outer)
+
+    def call(platform: str, *arrays: jax.Array, **params: Any) -> list[jax.Array]:
+        x, rows = split_named(dict(zip(params["present"], arrays, strict=True)))
+        on = Platform(platform, params["together"])
+        return pass_.run(on, params["spec"], x, rows, params["wrt"])
+
+    # The first serves every platform that is not named after it.
+    for platform in ("any", "cpu", "cuda"):
+        rule = functools.partial(_compat.lower_plain, functools.partial(call, platform))
+        _compat.register_lowering(inner, rule, None if platform == "any" else platform)
+    return outer
 
 
-def _backward_results(params: dict[str, Any]) -> tuple[str, ...]:
-    return ("query", "key", "value", *params["wrt"])
-
-
-for _primitive, _local, _results in (
-    (forward_p, _forward_local, _forward_results),
-    (backward_p, _backward_local, _backward_results),
-):
-    _compat.needs_devices(_primitive)
-    _compat.register_lowering(_primitive, _lower_over_mesh(_local, _results))
-    batching.primitive_batchers[_primitive] = _batch_rule(_primitive)
-
-# The first serves every platform that is not named after it.
-for _primitive, _call in (
-    (forward_call_p, _call_forward),
-    (backward_call_p, _call_backward),
-):
-    for _platform in ("any", "cpu", "cuda"):
-        _rule = functools.partial(_compat.lower_plain, _call(_platform))
-        _named = None if _platform == "any" else _platform
-        _compat.register_lowering(_primitive, _rule, _named)
+forward_p = _make_primitive(_passes.FORWARD)
+backward_p = _make_primitive(_passes.BACKWARD)
+tangent_p = _make_primitive(_passes.TANGENT)
+tangent2_p = _make_primitive(_passes.TANGENT2)
+second_p = _make_primitive(_passes.SECOND)

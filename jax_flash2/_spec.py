@@ -86,6 +86,23 @@ AXES = Operands(
 )
 # Operands with gradients beside query, key and value.
 SIDE_OPERANDS = ("scale", "bias", "alibi_slopes", "sinks")
+DIFFERENTIABLE = ("query", "key", "value", *SIDE_OPERANDS)
+# Axes after the batch axes of the forward's results and of what goes with them.
+RESULT_AXES = {"out": "lhe", "lse": "hl", "dout": "lhe", "dlse": "hl", "largest": "h"}
+# A tangent is named after its array, with one of these before it: t and u are the two
+# directions of the derivatives, w marks what comes out along both.
+_TANGENTS = ("t_", "u_", "w_")
+
+
+def base_name(name: str) -> str:
+    """``t_query`` is a tangent of ``query``."""
+    return name[2:] if name.startswith(_TANGENTS) else name
+
+
+def axes_of(name: str) -> str:
+    """The axes after the batch axes of an operand, a result or a tangent of one."""
+    base = base_name(name)
+    return RESULT_AXES[base] if base in RESULT_AXES else getattr(AXES, base)
 
 
 def accumulator(dtype: Any) -> Any:

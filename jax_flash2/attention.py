@@ -99,8 +99,10 @@ def flash_attention(
         Under vmap an unmapped key gives every element the same mask.
       deterministic_backward: the gradient has the same bytes on every run (the forward
         always has).
-      forward_mode: makes `jax.jvp`, `linearize` and `jacfwd` work. Without it they raise
-        a TypeError from JAX, because reverse mode is a `jax.custom_vjp`.
+      forward_mode: makes `jax.jvp`, `linearize` and `jacfwd` work, and gradients of
+        them. Without it they raise a TypeError from JAX, because reverse mode is a
+        `jax.custom_vjp`; Hessian-vector products as jvp or grad of a grad work either
+        way.
       return_max_logit: also return the largest visible score per head, float32
         ``(batch..., heads)``, ``-inf`` where there is none; without gradient.
 
@@ -112,7 +114,8 @@ def flash_attention(
       Gradients go to query, key, value, scale, bias, alibi_slopes and sinks, each in its
       own dtype, and through the logsumexp. Residuals carry the checkpoint names
       ``flash2_out`` and ``flash2_lse``: a `jax.checkpoint` policy that saves both runs
-      the forward once.
+      the forward once. Derivatives up to the second order are exact and take memory
+      linear in the length; the third raises NotImplementedError.
 
     Raises:
       ValueError: the call is wrong; the message names argument, rule and value.

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_flash2 import _blockwise, flash_attention
+from jax_flash2 import _entries, flash_attention
 
 # Arguments with a gradient.
 WRT = ("query", "key", "value", "scale", "bias", "alibi_slopes", "sinks")
@@ -309,13 +309,13 @@ def blocks_of(size: int) -> Iterator[None]:
 
     A compiled program keeps the blocks it was made with, so caches are cleared.
     """
-    before = _blockwise.BLOCK
+    before = _entries.BLOCK
     jax.clear_caches()
-    _blockwise.BLOCK = size
+    _entries.BLOCK = size
     try:
         yield
     finally:
-        _blockwise.BLOCK = before
+        _entries.BLOCK = before
         jax.clear_caches()
 
 

@@ -274,17 +274,6 @@ def test_kernels_are_refused_where_the_program_is_not_for_a_gpu(implementation):
     )
 
 
-def test_forward_mode_is_refused_where_it_is_not_implemented():
-    call({"forward_mode": True, "implementation": "reference"})
-    for implementation in (None, "blockwise"):
-        with pytest.raises(NotImplementedError) as error:
-            call({"forward_mode": True, "implementation": implementation})
-        assert str(error.value) == (
-            "flash_attention: forward_mode=True is implemented only with "
-            f"implementation='reference'; got {implementation=}"
-        )
-
-
 def test_unknown_arguments_are_refused():
     with pytest.raises(TypeError, match="window"):
         call({"window": 3})
