@@ -184,7 +184,7 @@ def test_all_derivatives_in_float64(small_blocks, group):
             check(case.inputs(seed), 1e-9, seed)
 
 
-@hypothesis.settings(max_examples=hypothesis.settings.default.max_examples // 4)
+@hypothesis.settings(max_examples=hypothesis.settings.default.max_examples // 6)
 @hypothesis.given(
     options=st.sampled_from(PAIRS),
     lengths=st.sampled_from([(7, 20), (20, 7)]),
@@ -198,7 +198,7 @@ def test_any_two_options_in_float32(small_blocks, options, lengths, batch, seed)
 
 
 def test_bfloat16_is_as_accurate_as_its_precision(small_blocks):
-    options = ("causal", "sinks", "soft_cap", "dropout")
+    options = ("causal", "sinks", "soft_cap")
     inputs = Case(options, 20, 20, dtype="bfloat16").inputs()
     ours = derivatives(inputs, "blockwise")
     wide = derivatives(inputs.astype(jnp.float32), "reference")
@@ -220,7 +220,7 @@ def test_check_grads_to_second_order(small_blocks, forward_mode):
 def test_only_what_is_differentiated_gets_a_tangent():
     """jvp and gradients along some arguments only; cotangents of one result only."""
     inputs = Case(("sinks", "bias"), 12, 12).inputs()
-    for names in (("value",), ("key",), ("query", "sinks"), ("bias",), ("sinks",)):
+    for names in (("value",), ("key", "bias"), ("query", "sinks")):
         t = {n: directions(inputs)[0][n] for n in names}
 
         def both(implementation, t=t, names=names):
@@ -356,14 +356,27 @@ def test_transformations_compose(name):
     assert_trees_close(run(ours, inputs.wrt, t), run(reference, inputs.wrt, t))
 
 
-def meanflow_gradient(call: Any, x: Tree, t: Tree) -> Any:
-    """Outputs, tangents, and gradients of both: what grad of jvp needs."""
+def grad_of_jvp_and_hvp(call: Any, x: Tree, t: Tree) -> Any:
+    """Outputs and tangents with the gradients of both, and a Hessian-vector product."""
 
     def loss(x: Tree) -> Any:
         primal, tangent = jax.jvp(call, (x,), (t,))
         return dot(primal, primal) + dot(tangent, tangent), (primal, tangent)
 
-    return jax.grad(loss, has_aux=True)(x)
+    def cubic(x: Tree) -> jax.Array:
+        return curved(call(x), call(x))
+
+    return jax.grad(loss, has_aux=True)(x), jax.jvp(jax.grad(cubic), (x,), (t,))
+
+
+@functools.cache
+def unsharded() -> tuple[Inputs, Tree, Any, Any]:
+    """A call with its inputs, a direction, and the derivatives on one device."""
+    inputs = Case(("causal", "sinks", "bias"), 12, 12, (2,), 4, 2, 4, 4).inputs()
+    t = directions(inputs)[0]
+    call = call_of({}, inputs.static, implementation="blockwise", forward_mode=True)
+    right = jax.jit(functools.partial(grad_of_jvp_and_hvp, call))(inputs.wrt, t)
+    return inputs, t, call, right
 
 
 SHARDINGS = {
@@ -377,19 +390,13 @@ SHARDINGS = {
 @pytest.mark.parametrize("name", SHARDINGS)
 def test_sharded_equals_unsharded(name):
     kind, spec = SHARDINGS[name]
-    case = Case(("causal", "sinks", "bias"), 12, 12, (2,), 4, 2, 4, 4)
-    inputs = case.inputs()
-    t = directions(inputs)[0]
-    explicit = jax.sharding.AxisType.Explicit if kind == "explicit" else None
-    axis = explicit or jax.sharding.AxisType.Auto
+    inputs, t, call, right = unsharded()
+    types = jax.sharding.AxisType
+    axis = types.Explicit if kind == "explicit" else types.Auto
     mesh = jax.make_mesh((2, 2), ("data", "tensor"), axis_types=(axis,) * 2)
     batch, heads = spec[0], spec[2] if len(spec) > 2 else None
     specs = {n: P(batch, None, heads) for n in ("query", "key", "value")}
     specs |= {"sinks": P(heads), "bias": P(batch, heads)}
-    call = call_of({}, inputs.static, implementation="blockwise", forward_mode=True)
-    right = jax.jit(functools.partial(meanflow_gradient, call))(inputs.wrt, t)
-    hvp = lambda x, t: jax.jvp(jax.grad(lambda x: curved(call(x), call(x))), (x,), (t,))  # noqa: E731
-    right = (right, jax.jit(hvp)(inputs.wrt, t))
     if kind == "manual":
         out = P(batch, None, heads)
         call = jax.shard_map(call, mesh=mesh, in_specs=(specs,), out_specs=(out, out))
@@ -399,7 +406,7 @@ def test_sharded_equals_unsharded(name):
         return {n: jax.device_put(x, at[n]) for n, x in tree.items()}
 
     with jax.set_mesh(mesh):
-        run = jax.jit(lambda x, t: (meanflow_gradient(call, x, t), hvp(x, t)))
+        run = jax.jit(functools.partial(grad_of_jvp_and_hvp, call))
         got = run(place(inputs.wrt), place(t))
     assert_trees_close(jax.device_get(got), right, 1e-5)
 
