@@ -128,8 +128,8 @@ def loss(
     """
     noise_key, time_key, equal_key = jax.random.split(key, 3)
     noise = jax.random.normal(noise_key, x.shape)
-    # Logit-normal times, the later one t.
-    times = nnx.sigmoid(jax.random.normal(time_key, (2, x.shape[0])) - 0.4)
+    # Uniform, so that the pair of a single step, 0 and 1, is not out of reach.
+    times = jax.random.uniform(time_key, (2, x.shape[0]))
     r, t = times.min(0), times.max(0)
     r = jnp.where(jax.random.uniform(equal_key, t.shape) < equal, t, r)
 
