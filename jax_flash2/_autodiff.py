@@ -19,7 +19,8 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero
 
-from jax_flash2 import _compat, _primitives, _rules
+from jax_flash2 import _compat, _maps, _primitives
+from jax_flash2 import _rules as _rules  # registers the rules
 from jax_flash2._passes import zero_past
 from jax_flash2._spec import SIDE_OPERANDS, AttentionSpec, Operands
 
@@ -68,7 +69,7 @@ def _attend_backward(spec: AttentionSpec, residuals: Any, cotangents: Any) -> An
     x, out, lse, wanted = residuals
     dout, dlse, _ = cotangents
     if isinstance(dout, SymbolicZero):
-        dout = jnp.zeros(dout.shape, dout.dtype)
+        dout = jnp.zeros_like(out)
     # What arrives past a length may be anything: replace it before it is multiplied.
     dout = zero_past(dout, x.query_seq_lengths, -3)
     zero = isinstance(dlse, SymbolicZero)
@@ -76,8 +77,8 @@ def _attend_backward(spec: AttentionSpec, residuals: Any, cotangents: Any) -> An
     side = tuple(name for name in wanted.names if name != "sinks")
     grads = _primitives.backward(spec, x, out, lse, dout, dlse, side)
     if "sinks" in wanted.names:
-        g = _rules.sinks_gradient(x.sinks, out, lse, dout, dlse)
-        grads["sinks"] = _rules.like(g, x.sinks)
+        g = _maps.sinks_gradient(x.sinks, out, lse, dout, dlse)
+        grads["sinks"] = _maps.like(g, x.sinks)
     return (Operands(**grads),)
 
 

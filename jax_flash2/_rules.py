@@ -19,13 +19,11 @@ B, T, W and S also take F(x), and W and S its tangents along t and u, as residua
 save a pass. These are functions of x and t: each pass accounts for the whole dependence
 on its arguments, so derivatives with respect to the residuals are *not* added. Their
 tangents are what the next pass takes as its residuals.
-
-Sinks need no pass: a sink's gradient follows from the residuals (`sinks_gradient`).
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -33,146 +31,33 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.interpreters import ad
 
 from jax_flash2 import _compat
-from jax_flash2._passes import Named, row_delta, zero_past
+from jax_flash2._maps import (
+    At,
+    cotangents_of,
+    direction_of,
+    like,
+    operands_of,
+    prefixed,
+)
+from jax_flash2._passes import Named
 from jax_flash2._primitives import (
     backward_p,
-    bind,
     forward_p,
     second_p,
     split_named,
     tangent2_p,
     tangent_p,
 )
-from jax_flash2._spec import DIFFERENTIABLE, SIDE_OPERANDS, AttentionSpec
+from jax_flash2._spec import DIFFERENTIABLE
 
 
-def sinks_gradient(
-    sinks: jax.Array,
-    out: jax.Array,
-    lse: jax.Array,
-    dout: jax.Array,
-    dlse: jax.Array | None,
-) -> jax.Array:
-    """A sink takes the probability exp(sink - L) and gives nothing: dP is 0 there, so
-    its dS is -P * D. It needs no block of scores. ``(batch..., h)``, not yet summed over
-    the batch axes that ``sinks`` lacks."""
-    delta = row_delta(out, dout, dlse)
-    logit = sinks.astype(lse.dtype)[..., None]
-    # An empty row has L = sink; with a sink of -inf both are -inf, and P is 0.
-    finite = jnp.where(lse == -jnp.inf, 0, lse)
-    probability = jnp.where(lse == -jnp.inf, 0, jnp.exp(logit - finite))
-    return -(probability * delta).sum(-1)
-
-
-def like(g: jax.Array, operand: Any) -> jax.Array:
-    """A gradient as a cotangent of its operand: summed to its shape, of its type."""
-    axes = tuple(a for a, n in enumerate(operand.shape) if n != g.shape[a])
-    g = g.sum(axes, keepdims=True) if axes else g
-    return _compat.with_type_of(g.astype(operand.dtype), operand)
-
-
-# ------------------------------------------------------------- the maps, by named arrays
-
-
-class _At(NamedTuple):
-    """A point x with F(x), and what else the binds at it share."""
-
-    arrays: Named  # operands, out and lse
-    spec: AttentionSpec
-    mapped: int
-
-    def bind(self, primitive: Any, more: Named, wrt: tuple[str, ...] = ()) -> Named:
-        arrays = self.arrays | more
-        return bind(primitive, arrays, spec=self.spec, wrt=wrt, mapped=self.mapped)
-
-    def tangent(self, t: Named) -> tuple[jax.Array, jax.Array]:
-        """T(x; t), for ``t`` by operand name."""
-        results = self.bind(tangent_p, _prefixed("t", t))
-        return results["t_out"], results["t_lse"]
-
-    def tangent2(self, t: Named, u: Named) -> tuple[jax.Array, jax.Array]:
-        """W(x; t, u), for ``t`` and ``u`` with their F_t and F_u as out and lse."""
-        results = self.bind(tangent2_p, _prefixed("t", t) | _prefixed("u", u))
-        return results["w_out"], results["w_lse"]
-
-    def backward(self, g: Named, wanted: tuple[str, ...]) -> Named:
-        """B(x; g), for ``g`` with dout and dlse."""
-        side = tuple(n for n in wanted if n in SIDE_OPERANDS and n != "sinks")
-        grads = self.bind(backward_p, g, side)
-        if "sinks" in wanted:
-            x = self.arrays
-            grads["sinks"] = sinks_gradient(
-                x["sinks"], x["out"], x["lse"], g["dout"], g.get("dlse")
-            )
-        return grads
-
-    def second(self, t: Named, g: Named, h: Named, wanted: tuple[str, ...]) -> Named:
-        """S(x; t, g, h), for ``t`` with F_t, and ``g`` and ``h`` with dout and dlse."""
-        side = tuple(n for n in wanted if n in SIDE_OPERANDS and n != "sinks")
-        grads = self.bind(second_p, g | _prefixed("t", t) | _prefixed("u", h), side)
-        if "sinks" in wanted:
-            x = self.arrays
-            names = ("sinks", "out", "lse", "dout", "dlse")
-            primals, tangents = _aligned((x | g).get, (t | h).get, names)
-            _, grads["sinks"] = jax.jvp(sinks_gradient, primals, tangents)
-        return grads
-
-    def with_residuals(self, t: Named) -> Named:
-        """A direction with F_t beside it, computed if it is not there."""
-        if t.get("out") is not None and t.get("lse") is not None:
-            return t
-        x = {name: a for name, a in t.items() if name in DIFFERENTIABLE}
-        out, lse = self.tangent(x)
-        return x | {"out": out, "lse": lse}
-
-    def cotangent(self, out: Any, lse: Any) -> Named:
-        """g, by name, from cotangents of which one may be a symbolic zero."""
-        lengths = self.arrays.get("query_seq_lengths")
-        # What arrives past a length may be anything: replace it before it is multiplied.
-        g = {"dout": zero_past(ad.instantiate_zeros(out), lengths, -3)}
-        if type(lse) is not ad.Zero:
-            g["dlse"] = zero_past(lse, lengths, -1)
-        return g
-
-
-def _aligned(primal: Any, change: Any, names: tuple[str, ...]) -> tuple[Any, Any]:
-    """Primals and tangents of equal shapes; absent primals are None, tangents zero."""
-    primals, tangents = [], []
-    for name in names:
-        a, da = primal(name), change(name)
-        if a is not None and da is None:
-            da = jnp.zeros_like(a)
-        elif a is not None:
-            a, da = jnp.broadcast_arrays(a, da)
-        primals.append(a)
-        tangents.append(da)
-    return primals, tangents
-
-
-def _prefixed(letter: str, arrays: Named) -> Named:
-    return {f"{letter}_{name}": a for name, a in arrays.items()}
-
-
-def _of(letter: str, arrays: Named) -> Named:
-    """The arrays of one direction, without its letter."""
-    return {n[2:]: a for n, a in arrays.items() if n.startswith(f"{letter}_")}
-
-
-def _operands(arrays: Named) -> Named:
-    return {name: a for name, a in arrays.items() if name in DIFFERENTIABLE}
-
-
-def _cotangents(arrays: Named) -> Named:
-    return {name: a for name, a in arrays.items() if name in ("dout", "dlse")}
-
-
-def _open(values: Any, params: dict[str, Any]) -> tuple[Named, _At]:
+def _open(values: Any, params: dict[str, Any]) -> tuple[Named, At]:
     """The arrays of a bind by name, and the point it is at."""
     arrays = dict(zip(params["present"], values, strict=True))
     x, rows = split_named(arrays)
     point = {name: a for name, a in x._asdict().items() if a is not None}
     point |= {name: rows[name] for name in ("out", "lse") if name in rows}
-    return arrays, _At(point, params["spec"], params["mapped"])
+    return arrays, At(point, params["spec"], params["mapped"])
 
 
 def _changes(tangents: Any, params: dict[str, Any]) -> Named:
@@ -207,7 +92,7 @@ def _forward_jvp(primals: Any, tangents: Any, **params: Any) -> Any:
     out, lse = checkpoint_name(out, "flash2_out"), checkpoint_name(lse, "flash2_lse")
     arrays, at = _open(primals, params)
     at = at._replace(arrays=arrays | {"out": out, "lse": lse})
-    t = _operands(_changes(tangents, params))
+    t = operands_of(_changes(tangents, params))
     dots = at.tangent(t) if t else [_compat.zero_tangent(a) for a in (out, lse)]
     zeros = [_compat.zero_tangent(a) for a in largest]
     return [out, lse, *largest], [*dots, *zeros]
@@ -218,13 +103,13 @@ def _tangent_jvp(primals: Any, tangents: Any, **params: Any) -> Any:
     arrays, at = _open(primals, params)
     changes = _changes(tangents, params)
     terms = []
-    u = _operands(changes)
+    u = operands_of(changes)
     if u:
-        t = _of("t", arrays) | dict(zip(("out", "lse"), results, strict=True))
+        t = direction_of("t", arrays) | dict(zip(("out", "lse"), results, strict=True))
         u |= {name: changes.get(name) for name in ("out", "lse")}
         terms.append(at.tangent2(t, at.with_residuals(u)))
-    if _of("t", changes):
-        terms.append(at.tangent(_of("t", changes)))
+    if direction_of("t", changes):
+        terms.append(at.tangent(direction_of("t", changes)))
     return results, _total(terms, results)
 
 
@@ -233,10 +118,10 @@ def _backward_jvp(primals: Any, tangents: Any, **params: Any) -> Any:
     arrays, at = _open(primals, params)
     changes = _changes(tangents, params)
     wrt = params["wrt"]
-    g, h = _cotangents(arrays), _cotangents(changes)
+    g, h = cotangents_of(arrays), cotangents_of(changes)
     if h and "dout" not in h:
         h["dout"] = jnp.zeros_like(g["dout"])
-    t = _operands(changes)
+    t = operands_of(changes)
     if t:
         t |= {name: changes.get(name) for name in ("out", "lse")}
         dots = at.second(at.with_residuals(t), g, h, wrt)
@@ -254,9 +139,9 @@ def _tangent2_jvp(primals: Any, tangents: Any, **params: Any) -> Any:
     _no_third_order(changes)
     terms = []
     for letter, other in (("t", "u"), ("u", "t")):
-        change = _of(letter, changes)
-        if _operands(change):
-            fixed = at.with_residuals(_of(other, arrays))
+        change = direction_of(letter, changes)
+        if operands_of(change):
+            fixed = at.with_residuals(direction_of(other, arrays))
             terms.append(at.tangent2(at.with_residuals(change), fixed))
     return results, _total(terms, results)
 
@@ -267,13 +152,13 @@ def _second_jvp(primals: Any, tangents: Any, **params: Any) -> Any:
     changes = _changes(tangents, params)
     _no_third_order(changes)
     wrt, terms = params["wrt"], []
-    t, g = _of("t", arrays), _cotangents(arrays)
-    t_dot, g_dot = _of("t", changes), _cotangents(changes)
-    h_dot = _cotangents(_of("u", changes))
+    t, g = direction_of("t", arrays), cotangents_of(arrays)
+    t_dot, g_dot = direction_of("t", changes), cotangents_of(changes)
+    h_dot = cotangents_of(direction_of("u", changes))
     for change in (g_dot, h_dot):
         if change and "dout" not in change:
             change["dout"] = jnp.zeros_like(g["dout"])
-    if _operands(t_dot):
+    if operands_of(t_dot):
         terms.append(at.second(at.with_residuals(t_dot), g, h_dot, wrt).values())
     elif h_dot:
         terms.append(at.backward(h_dot, wrt).values())
@@ -317,24 +202,24 @@ def _transposed(rule: Any) -> Any:
 
 
 def _wanted(letter: str, linear: Named) -> tuple[str, ...]:
-    return tuple(_operands(_of(letter, linear)))
+    return tuple(operands_of(direction_of(letter, linear)))
 
 
 def _tangent_transpose(
-    cts: Any, arrays: Named, at: _At, linear: Named, wrt: Any
+    cts: Any, arrays: Named, at: At, linear: Named, wrt: Any
 ) -> Named:
     del arrays, wrt
-    return _prefixed("t", at.backward(at.cotangent(*cts), _wanted("t", linear)))
+    return prefixed("t", at.backward(at.cotangent(*cts), _wanted("t", linear)))
 
 
 def _tangent2_transpose(
-    cts: Any, arrays: Named, at: _At, linear: Named, wrt: Any
+    cts: Any, arrays: Named, at: At, linear: Named, wrt: Any
 ) -> Named:
     del wrt
     letter, other = ("t", "u") if _wanted("t", linear) else ("u", "t")
-    fixed = at.with_residuals(_of(other, arrays))
+    fixed = at.with_residuals(direction_of(other, arrays))
     wanted = _wanted(letter, linear)
-    return _prefixed(letter, at.second(fixed, at.cotangent(*cts), {}, wanted))
+    return prefixed(letter, at.second(fixed, at.cotangent(*cts), {}, wanted))
 
 
 def _directions(cts: Any, wrt: tuple[str, ...]) -> Named:
@@ -344,7 +229,7 @@ def _directions(cts: Any, wrt: tuple[str, ...]) -> Named:
 
 
 def _backward_transpose(
-    cts: Any, arrays: Named, at: _At, linear: Named, wrt: Any
+    cts: Any, arrays: Named, at: At, linear: Named, wrt: Any
 ) -> Named:
     del arrays, linear
     out, lse = at.tangent(_directions(cts, wrt))
@@ -352,16 +237,16 @@ def _backward_transpose(
 
 
 def _second_transpose(
-    cts: Any, arrays: Named, at: _At, linear: Named, wrt: Any
+    cts: Any, arrays: Named, at: At, linear: Named, wrt: Any
 ) -> Named:
     u = at.with_residuals(_directions(cts, wrt))
     results = {"u_dout": u["out"], "u_dlse": u["lse"]}
     wanted = _wanted("t", linear)
     if wanted:
-        grads = at.second(u, _cotangents(arrays), {}, wanted)
-        return results | _prefixed("t", grads)
+        grads = at.second(u, cotangents_of(arrays), {}, wanted)
+        return results | prefixed("t", grads)
     if "dout" in linear or "dlse" in linear:
-        out, lse = at.tangent2(_of("t", arrays), u)
+        out, lse = at.tangent2(direction_of("t", arrays), u)
         results |= {"dout": out, "dlse": lse}
     return results
 
