@@ -19,6 +19,9 @@ from jax_flash2 import _dropout, _mask
 from jax_flash2._spec import AttentionSpec, Operands, base_name
 
 BLOCK = 256
+# Key blocks of a pass over query blocks, which then rescales its output half as often.
+# Not where only a band of keys is visible: a wide block reaches far beyond the band.
+WIDE_BLOCK = 512
 
 # Axes of one entry's operands; g, l and s of size 1 broadcast.
 ENTRY_AXES = Operands(
@@ -68,8 +71,21 @@ class Sizes(NamedTuple):
         return jnp.arange(self.kv_blocks, dtype=jnp.int32)
 
 
+def _is_narrow(spec: AttentionSpec) -> bool:
+    left, right = spec.window
+    if right is None and spec.is_causal:
+        right = 0
+    band = None if left is None or right is None else left + right
+    sizes = [n for n in (band, spec.chunk_size) if n is not None]
+    return min(sizes, default=4 * WIDE_BLOCK) < 4 * WIDE_BLOCK
+
+
 def prepare(
-    spec: AttentionSpec, x: Operands, rows: dict[str, jax.Array] | None = None
+    spec: AttentionSpec,
+    x: Operands,
+    rows: dict[str, jax.Array] | None = None,
+    *,
+    wide: bool = False,
 ) -> tuple[Sizes, dict[str, jax.Array]]:
     """Sizes, and all arrays by name as ``(B or 1, kv heads or 1, axes of an entry...)``.
 
@@ -80,11 +96,13 @@ def prepare(
       rows: other arrays with that axis, named after an operand, a result or a result's
         cotangent, or a tangent of one (`_spec.base_name`). An ``lse`` is made infinite
         where its row sees nothing or is past its length, so that P = exp(S - lse) is 0.
+      wide: whether key blocks may be wide.
     """
     rows = dict(rows or {})
     _, q_length, heads, _ = x.query.shape
     kv_length, kv_heads = x.key.shape[1:3]
-    kv_block = min(BLOCK, kv_length)
+    kv_block = WIDE_BLOCK if wide and not _is_narrow(spec) else BLOCK
+    kv_block = min(kv_block, kv_length)
     if spec.dropout_rate:  # a block starts at a whole group of columns
         kv_block = -(-kv_block // _dropout.GROUP) * _dropout.GROUP
     group, q_block = heads // kv_heads, min(BLOCK, q_length)

@@ -309,13 +309,13 @@ def blocks_of(size: int) -> Iterator[None]:
 
     A compiled program keeps the blocks it was made with, so caches are cleared.
     """
-    before = _entries.BLOCK
+    before = _entries.BLOCK, _entries.WIDE_BLOCK
     jax.clear_caches()
-    _entries.BLOCK = size
+    _entries.BLOCK = _entries.WIDE_BLOCK = size
     try:
         yield
     finally:
-        _entries.BLOCK = before
+        _entries.BLOCK, _entries.WIDE_BLOCK = before
         jax.clear_caches()
 
 
