@@ -1,8 +1,8 @@
 """Speed and memory on CPU: our blockwise attention beside `jax.nn`'s dense one.
 
-float32, one batch entry. Speed: 4 heads of 64, medians of interleaved runs, forward, and
-forward with backward. Memory: peak of a fresh process over forward and backward, 1 head
-of 64. Writes benchmarks/results/cpu/speed.json and memory.json.
+float32, one batch entry. Speed: 4 heads of 64, medians of calls in a row, taken in turns,
+forward, and forward with backward. Memory: peak of a fresh process over forward and
+backward, 1 head of 64. Writes benchmarks/results/cpu/speed.json and memory.json.
 
   python benchmarks/cpu.py            about five minutes on two cores
 """
@@ -74,7 +74,8 @@ def speed(rounds: int) -> list[dict[str, Any]]:
             times: dict[str, list[float]] = {impl: [] for impl in impls}
             for _ in range(rounds):
                 for impl, call in calls.items():
-                    times[impl].append(milliseconds(call))
+                    milliseconds(call)  # what the other one left in the caches is gone
+                    times[impl] += [milliseconds(call) for _ in range(3)]
             for impl in impls:
                 row = {"impl": impl, "pass": which, "dtype": "float32", "head_dim": 64}
                 row |= {"causal": True, "window": window, "seq": seq, "batch": 1}

@@ -37,7 +37,7 @@ def forward(
     Returns:
       ``(B, l, h, e)`` in query's dtype, ``(B, h, l)`` and ``(B, h)`` in the accumulator's.
     """
-    sizes, entries = _entries.prepare(spec, x, wide=True)
+    sizes, entries = _entries.prepare(spec, x, by_rows=True)
 
     def entry(x: Operands, _: Rows, first: jax.Array, end: jax.Array) -> Any:
         return _forward_entry(spec, sizes, x, first, end)

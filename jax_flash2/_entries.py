@@ -19,9 +19,9 @@ from jax_flash2 import _dropout, _mask
 from jax_flash2._spec import AttentionSpec, Operands, base_name
 
 BLOCK = 256
-# Key blocks of a pass over query blocks, which then rescales its output half as often.
-# Not where only a band of keys is visible: a wide block reaches far beyond the band.
-WIDE_BLOCK = 512
+# Blocks of a pass over query blocks: wide ones rescale the output half as often, narrow
+# ones reach less far beyond the band where only a band of keys is visible.
+WIDE_BLOCK, NARROW_BLOCK = 512, 128
 
 # Axes of one entry's operands; g, l and s of size 1 broadcast.
 ENTRY_AXES = Operands(
@@ -85,7 +85,7 @@ def prepare(
     x: Operands,
     rows: dict[str, jax.Array] | None = None,
     *,
-    wide: bool = False,
+    by_rows: bool = False,
 ) -> tuple[Sizes, dict[str, jax.Array]]:
     """Sizes, and all arrays by name as ``(B or 1, kv heads or 1, axes of an entry...)``.
 
@@ -96,16 +96,16 @@ def prepare(
       rows: other arrays with that axis, named after an operand, a result or a result's
         cotangent, or a tangent of one (`_spec.base_name`). An ``lse`` is made infinite
         where its row sees nothing or is past its length, so that P = exp(S - lse) is 0.
-      wide: whether key blocks may be wide.
+      by_rows: whether the pass goes over query blocks, and may choose its blocks.
     """
     rows = dict(rows or {})
     _, q_length, heads, _ = x.query.shape
     kv_length, kv_heads = x.key.shape[1:3]
-    kv_block = WIDE_BLOCK if wide and not _is_narrow(spec) else BLOCK
-    kv_block = min(kv_block, kv_length)
+    size = (NARROW_BLOCK if _is_narrow(spec) else WIDE_BLOCK) if by_rows else BLOCK
+    kv_block = min(size, kv_length)
     if spec.dropout_rate:  # a block starts at a whole group of columns
         kv_block = -(-kv_block // _dropout.GROUP) * _dropout.GROUP
-    group, q_block = heads // kv_heads, min(BLOCK, q_length)
+    group, q_block = heads // kv_heads, min(size, q_length)
     named = {name: a for name, a in x._asdict().items() if a is not None}
     batch = max(a.shape[0] for a in (*named.values(), *rows.values()))
     sizes = Sizes(batch, kv_heads, group, q_length, kv_length, q_block, kv_block)

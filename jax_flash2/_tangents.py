@@ -76,7 +76,7 @@ def tangent2(
 def _over_entries(
     spec: AttentionSpec, x: Operands, rows: Rows, part: Any, sequential: bool
 ) -> list[jax.Array]:
-    sizes, entries = _entries.prepare(spec, x, rows, wide=True)
+    sizes, entries = _entries.prepare(spec, x, rows, by_rows=True)
 
     def entry(x: Operands, rows: Rows, first: jax.Array, end: jax.Array) -> Any:
         return _entry(spec, sizes, x, rows, first, end, part)

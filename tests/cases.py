@@ -309,13 +309,16 @@ def blocks_of(size: int) -> Iterator[None]:
 
     A compiled program keeps the blocks it was made with, so caches are cleared.
     """
-    before = _entries.BLOCK, _entries.WIDE_BLOCK
+    names = ("BLOCK", "WIDE_BLOCK", "NARROW_BLOCK")
+    before = [getattr(_entries, name) for name in names]
     jax.clear_caches()
-    _entries.BLOCK = _entries.WIDE_BLOCK = size
+    for name in names:
+        setattr(_entries, name, size)
     try:
         yield
     finally:
-        _entries.BLOCK, _entries.WIDE_BLOCK = before
+        for name, size in zip(names, before, strict=True):
+            setattr(_entries, name, size)
         jax.clear_caches()
 
 
