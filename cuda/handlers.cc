@@ -129,19 +129,19 @@ Error check_side(std::string_view name, AnyBuffer x, ffi::DataType dtype, int64_
 }
 
 // Gives the optional operand `name` to the problem.
-Error set_side(std::string_view name, AnyBuffer x, ForwardProblem* problem) {
+Error set_side(std::string_view name, AnyBuffer x, Problem* problem) {
   struct IntegerField {
     std::string_view name;
-    PerBatch<int32_t> ForwardProblem::* field;
+    PerBatch<int32_t> Problem::* field;
     int64_t tail;
   };
   const IntegerField integers[] = {
-      {"query_offset", &ForwardProblem::query_offset_operand, 0},
-      {"query_seq_lengths", &ForwardProblem::query_seq_lengths, 0},
-      {"key_value_seq_lengths", &ForwardProblem::key_value_seq_lengths, 0},
-      {"prefix_lengths", &ForwardProblem::prefix_lengths, 0},
-      {"query_segment_ids", &ForwardProblem::query_segment_ids, problem->seq_q},
-      {"key_value_segment_ids", &ForwardProblem::key_value_segment_ids, problem->seq_kv},
+      {"query_offset", &Problem::query_offset_operand, 0},
+      {"query_seq_lengths", &Problem::query_seq_lengths, 0},
+      {"key_value_seq_lengths", &Problem::key_value_seq_lengths, 0},
+      {"prefix_lengths", &Problem::prefix_lengths, 0},
+      {"query_segment_ids", &Problem::query_segment_ids, problem->seq_q},
+      {"key_value_segment_ids", &Problem::key_value_segment_ids, problem->seq_kv},
   };
   for (const IntegerField& f : integers) {
     if (f.name != name) continue;
@@ -161,7 +161,7 @@ Error set_side(std::string_view name, AnyBuffer x, ForwardProblem* problem) {
   return Error::Success();
 }
 
-Error set_sides(std::string_view names, ffi::RemainingArgs sides, ForwardProblem* problem) {
+Error set_sides(std::string_view names, ffi::RemainingArgs sides, Problem* problem) {
   size_t count = 0;
   while (!names.empty()) {
     const size_t comma = names.find(',');

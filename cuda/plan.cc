@@ -21,6 +21,20 @@ constexpr int64_t kSectionBytes = int64_t{32} << 20;
 bool is_head_dim(int32_t d) { return d >= 8 && d <= 256 && d % 8 == 0; }
 bool is_position(int64_t x) { return x >= -kMaxPosition && x <= kMaxPosition; }
 
+// The first tile of the bucket that fits as often as it was made for, else the last that fits.
+int choose_tile(const Device& device, int bucket) {
+  int chosen = -1;
+  for (int i = 0; i < kForwardTileCount; ++i) {
+    const ForwardTile& tile = kForwardTiles[i];
+    if (tile.head_dim != bucket || tile.smem_bytes() > device.smem_per_block) continue;
+    chosen = i;
+    if (tile.blocks_per_sm * (tile.smem_bytes() + kReservedSmem) <= device.smem_per_sm) break;
+  }
+  return chosen;
+}
+
+}  // namespace
+
 bool is_aligned(const void* pointer, const Strides& stride, int64_t batch, int64_t rows,
                 int64_t heads) {
   const auto odd = [](int64_t s, int64_t size) { return size > 1 && s % 8 != 0; };
@@ -28,7 +42,7 @@ bool is_aligned(const void* pointer, const Strides& stride, int64_t batch, int64
          !odd(stride.row, rows) && !odd(stride.head, heads);
 }
 
-PlanStatus check(const Device& device, const ForwardProblem& p) {
+PlanStatus check_problem(const Device& device, const Problem& p) {
   if (device.compute_capability < 80) return PlanStatus::kDeviceTooOld;
   if (std::min({p.batch, p.heads_q, p.heads_kv, p.seq_q, p.seq_kv, p.chunk_size}) < 0 ||
       p.soft_cap < 0.0f) {
@@ -46,26 +60,11 @@ PlanStatus check(const Device& device, const ForwardProblem& p) {
   }
   if (!is_aligned(p.query, p.query_stride, p.batch, p.seq_q, p.heads_q) ||
       !is_aligned(p.key, p.key_stride, p.batch, p.seq_kv, p.heads_kv) ||
-      !is_aligned(p.value, p.value_stride, p.batch, p.seq_kv, p.heads_kv) ||
-      !is_aligned(p.out, p.out_stride, p.batch, p.seq_q, p.heads_q)) {
+      !is_aligned(p.value, p.value_stride, p.batch, p.seq_kv, p.heads_kv)) {
     return PlanStatus::kAlignment;
   }
   return PlanStatus::kOk;
 }
-
-// The first tile of the bucket that fits as often as it was made for, else the last that fits.
-int choose_tile(const Device& device, int bucket) {
-  int chosen = -1;
-  for (int i = 0; i < kForwardTileCount; ++i) {
-    const ForwardTile& tile = kForwardTiles[i];
-    if (tile.head_dim != bucket || tile.smem_bytes() > device.smem_per_block) continue;
-    chosen = i;
-    if (tile.blocks_per_sm * (tile.smem_bytes() + kReservedSmem) <= device.smem_per_sm) break;
-  }
-  return chosen;
-}
-
-}  // namespace
 
 const char* describe(PlanStatus status) {
   switch (status) {
@@ -94,7 +93,11 @@ const char* describe(PlanStatus status) {
 
 ForwardPlan plan_forward(const Device& device, const ForwardProblem& p) {
   ForwardPlan plan;
-  plan.status = check(device, p);
+  plan.status = check_problem(device, p);
+  if (plan.status == PlanStatus::kOk &&
+      !is_aligned(p.out, p.out_stride, p.batch, p.seq_q, p.heads_q)) {
+    plan.status = PlanStatus::kAlignment;
+  }
   if (plan.status != PlanStatus::kOk) return plan;
 
   const int32_t widest = std::max(p.head_dim, p.head_dim_v);
