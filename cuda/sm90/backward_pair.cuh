@@ -1,0 +1,491 @@
+// The backward's main kernel at head_dim 256: a cluster of two blocks shares a tile of 128 keys, 64
+// keys each, and one walk through Q and dO.
+//
+// Block r holds K and V of its keys and, for dQ, columns 128 r to 128 r + 127 of the other block's
+// K. Its consumer 0 computes S^T = K Q^T, P^T and dV += P^T dO, its consumer 1 dP^T = V dO^T, dS^T
+// and dK += dS^T Q, so no thread holds more than one of the two gradients. P^T goes from consumer 0
+// to 1 through the place where dS will lie, dS to the other block by a bulk copy between shared
+// memories. Then each of the four consumers computes a quarter of dQ = dS K, 64 columns of it, over
+// all 128 keys, and adds it to the sums from registers. Q and dO come from memory once per pair.
+#pragma once
+
+#include <cstdint>
+
+#include "backward_rows.h"
+#include "params.h"
+#include "plan.h"
+#include "ptx/cluster.cuh"
+#include "ptx/common.cuh"
+#include "ptx/mbarrier.cuh"
+#include "ptx/mma.cuh"
+#include "ptx/tma.cuh"
+#include "ptx/warpgroup.cuh"
+#include "ptx/wgmma.cuh"
+#include "sm90/backward_kernels.h"
+#include "sm90/backward_memory.cuh"
+#include "sm90/backward_scores.cuh"
+#include "sm90/backward_tiles.h"
+#include "sm90/backward_work.cuh"
+#include "softmax.cuh"
+
+namespace flash2::sm90 {
+
+// A place in the walk: query tiles from the last to the first, head after head of the group.
+struct PairPlace {
+  int query_tile;
+  int block;  // of kRowPadding rows: the tile's place in the workspace
+
+  template <class Tile>
+  __device__ __forceinline__ PairPlace(const BackwardParams& params, const Tile& tile)
+      : query_tile(tile.end - 1) {
+    const BackwardProblem& p = params.problem;
+    const int head = tile.head_kv * (p.heads_q / p.heads_kv);
+    block = (tile.batch * p.heads_q + head) * static_cast<int>(params.row_blocks.value) + query_tile;
+  }
+  __device__ __forceinline__ int64_t row() const { return int64_t{block} * kRowPadding; }
+  // Without a branch: it stands between products.
+  template <class Tile>
+  __device__ __forceinline__ void next(const BackwardParams& params, const Tile& tile) {
+    const bool turn = query_tile == tile.begin;
+    query_tile = turn ? tile.end - 1 : query_tile - 1;
+    block += turn ? static_cast<int>(params.row_blocks.value) + tile.steps() - 1 : -1;
+  }
+};
+
+template <int kTile>
+struct PairProducer {
+  static constexpr BackwardTile kT = kBackwardTiles[kTile];
+  using Memory = BackwardMemory<kTile>;
+  using Tile = KeyTile<kT.tile_q>;
+
+  const BackwardMaps& maps;
+  const BackwardParams& params;
+  Memory smem;
+  const Tile& tile;
+  int rank;
+
+  // By one thread of each block, which brings panels 2 rank and 2 rank + 1 of Q and dO to both.
+  __device__ __forceinline__ void run() const {
+    const BackwardProblem& p = params.problem;
+    const uint64_t keep = ptx::policy_evict_last(), pass = ptx::policy_evict_first();
+    const int steps = tile.steps() * (p.heads_q / p.heads_kv);
+    const int key = tile.first_key() + rank * kT.keys();
+    const int other_key = tile.first_key() + (1 - rank) * kT.keys();
+    const int key_batch = p.key_stride.batch == 0 ? 0 : tile.batch;
+    const int value_batch = p.value_stride.batch == 0 ? 0 : tile.batch;
+    if (steps == 0) return;
+    ptx::mbarrier_arrive_expect(smem.key_full(), kT.kv_bytes() + kT.kv_bytes() / 2);
+    for (int panel = 0; panel < kT.panels(); ++panel) {
+      ptx::tma_load(smem.key() + panel * Memory::kKeyPanel, &maps.key, smem.key_full(), panel * 64,
+                    key, tile.head_kv, key_batch, pass);
+    }
+    for (int i = 0; i < 2; ++i) {
+      ptx::tma_load(smem.other_key() + i * Memory::kKeyPanel, &maps.key, smem.key_full(),
+                    (2 * rank + i) * 64, other_key, tile.head_kv, key_batch, pass);
+    }
+    ptx::wait_prerequisites();
+    Pair ring;
+    PairPlace at(params, tile);
+    int head = tile.head_kv * (p.heads_q / p.heads_kv);
+#pragma unroll 1
+    for (int step = 0; step < steps; ++step) {
+      load(ring, maps.query, smem.query(ring.stage), smem.query_full(ring.stage),
+           smem.query_empty(ring.stage), smem.lse2(ring.stage), params.lse2 + at.row(), head,
+           at.query_tile, p.query_stride, keep);
+      if (step == 0) {
+        ptx::mbarrier_arrive_expect(smem.value_full(), kT.kv_bytes());
+        for (int panel = 0; panel < kT.panels(); ++panel) {
+          ptx::tma_load(smem.value() + panel * Memory::kKeyPanel, &maps.value, smem.value_full(),
+                        panel * 64, key, tile.head_kv, value_batch, pass);
+        }
+      }
+      load(ring, maps.dout, smem.dout(ring.stage), smem.dout_full(ring.stage),
+           smem.dout_empty(ring.stage), smem.delta(ring.stage), params.delta + at.row(), head,
+           at.query_tile, p.dout_stride, keep);
+      ring.next();
+      head += at.query_tile == tile.begin ? 1 : 0;
+      at.next(params, tile);
+    }
+  }
+
+ private:
+  __device__ __forceinline__ void load(const Pair& ring, const CUtensorMap& map, uint32_t target,
+                                       uint32_t full, uint32_t empty, uint32_t per_row_target,
+                                       const float* per_row, int head, int query_tile,
+                                       const Strides& stride, uint64_t keep) const {
+    constexpr uint16_t kBoth = 3;
+    const int batch = stride.batch == 0 ? 0 : tile.batch;
+    ptx::mbarrier_wait(empty, ring.parity ^ 1);
+    ptx::mbarrier_arrive_expect(full, kT.stage_bytes() + 4 * kT.tile_q);  // the other half too
+    for (int i = 0; i < 2; ++i) {
+      const int panel = 2 * rank + i;
+      ptx::tma_load_multicast(target + panel * Memory::kQueryPanel, &map, full, panel * 64,
+                              query_tile * kT.tile_q, head, batch, kBoth, keep);
+    }
+    ptx::bulk_load(per_row_target, per_row, 4 * kT.tile_q, full);
+  }
+};
+
+// What both consumers of a block do, and what they need for it.
+template <int kTile, DataType kType>
+struct PairConsumer {
+  static constexpr BackwardTile kT = kBackwardTiles[kTile];
+  static constexpr int kD = kT.head_dim, kQ = kT.tile_q, kPanel = 64 * 128;
+  static constexpr int kBoth = 1;  // named barriers: of both consumers, and of each
+  using Memory = BackwardMemory<kTile>;
+  using Tile = KeyTile<kT.tile_q>;
+
+  const BackwardParams& params;
+  Memory smem;
+  const Tile& tile;
+  int rank, consumer, warp, lane;
+
+  __device__ __forceinline__ int own() const { return 2 + consumer; }
+  __device__ __forceinline__ int quarter() const { return 2 * rank + consumer; }
+  // A stage is free once all of both blocks are done: TMA writes to both.
+  __device__ __forceinline__ void release(uint32_t barrier) const {
+    if (lane < 2) ptx::mbarrier_arrive_peer(ptx::peer_address(barrier, lane));
+  }
+  // x = A B^T over head_dim: S^T or dP^T.
+  __device__ __forceinline__ void start_scores(float (&x)[kQ / 2], uint32_t a, uint32_t b) const {
+    const uint64_t from_a = ptx::wgmma_descriptor(a), from_b = ptx::wgmma_descriptor(b);
+#pragma unroll
+    for (int k = 0; k < kD / 16; ++k) {
+      const int at = k / 4 * kPanel + k % 4 * 32;
+      ptx::wgmma<kType, false, false>(x, ptx::wgmma_advance(from_a, at),
+                                      ptx::wgmma_advance(from_b, at), k != 0);
+    }
+    ptx::wgmma_commit();
+  }
+  // sum += A B over the queries: dV or dK.
+  __device__ __forceinline__ void start_gradient(float (&sum)[kD / 2],
+                                                 const uint32_t (&a)[kQ / 16][4],
+                                                 uint32_t b) const {
+    const uint64_t from = ptx::wgmma_descriptor(b, kPanel);
+#pragma unroll
+    for (int k = 0; k < kQ / 16; ++k) {
+      ptx::wgmma<kType, true>(sum, a[k], ptx::wgmma_advance(from, k * 2048), true);
+    }
+    ptx::wgmma_commit();
+  }
+  // This consumer's quarter of dQ, 64 columns, over the keys of block 0, then of block 1.
+  __device__ __forceinline__ void start_dquery(float (&dquery)[32]) const {
+    const uint64_t ds = ptx::wgmma_descriptor(smem.ds(0));
+    const uint64_t mine = ptx::wgmma_descriptor(smem.key() + quarter() * kPanel);
+    const uint64_t other = ptx::wgmma_descriptor(smem.other_key() + consumer * kPanel);
+    const uint64_t first = rank == 0 ? mine : other, second = rank == 0 ? other : mine;
+#pragma unroll
+    for (int k = 0; k < 8; ++k) {
+      ptx::wgmma<kType, false, true>(
+          dquery, ptx::wgmma_advance(ds, k / 4 * kPanel + k % 4 * 32),
+          ptx::wgmma_advance(k < 4 ? first : second, k % 4 * 2048), k != 0);
+    }
+    ptx::wgmma_commit();
+  }
+  __device__ __forceinline__ void add_dquery(const float (&dquery)[32], const PairPlace& at) const {
+    const BackwardProblem& p = params.problem;
+    const int blocks = p.head_dim / 8 - 8 * quarter();  // of 8 columns, that exist
+    float* to = params.dquery_sums + 16 * warp * p.head_dim + quarter() * 1024 + lane * 4 +
+                int64_t{at.block} * (kRowPadding * p.head_dim);
+    int32_t* turn = params.turns + int64_t{at.block} * (kRowPadding / 16) + quarter();
+    if constexpr (kT.deterministic) {
+      if (warp == 0 && lane == 0) {
+        const int before = tile.visitors_before(p, at.query_tile);
+        while (ptx::load_acquire(turn) < before) {
+        }
+      }
+      ptx::barrier_sync(own(), 128);
+    }
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      const float block[4] = {dquery[4 * i], dquery[4 * i + 1], dquery[4 * i + 2],
+                              dquery[4 * i + 3]};
+      if (i < blocks) ptx::add_global_4(to + i * 128, block);
+    }
+    if constexpr (kT.deterministic) {
+      __threadfence();
+      ptx::barrier_sync(own(), 128);
+      if (warp == 0 && lane == 0) ptx::add_release(turn, 1);
+    }
+  }
+  // Zeros in what the call must not see: keys of this block and of the other's half.
+  __device__ __forceinline__ void clear_keys() const {
+    const int keys = uniform(tile.clear_keys(params.problem));
+    if (keys >= tile.kKeys) return;
+    const int thread = consumer * 128 + warp * 32 + lane;
+    ptx::mbarrier_wait(smem.key_full(), 0);
+    ptx::mbarrier_wait(smem.value_full(), 0);
+    const int mine = min(max(keys - 64 * rank, 0), 64);
+    const int other = min(max(keys - 64 * (1 - rank), 0), 64);
+    clear_rows<4>(smem.key(), mine, 64, thread, 256);
+    clear_rows<4>(smem.value(), mine, 64, thread, 256);
+    clear_rows<2>(smem.other_key(), other, 64, thread, 256);
+    ptx::fence_async_shared();
+    ptx::barrier_sync(kBoth, 256);
+  }
+  // Rows of the last query tile of each head, likewise: consumer 0 those of Q, consumer 1 of dO.
+  __device__ __forceinline__ void clear_queries(const Pair& ring, int query_tile, int rows) const {
+    if (rows >= kQ || query_tile != tile.end - 1) return;
+    ptx::mbarrier_wait(smem.query_full(ring.stage), ring.parity);
+    ptx::mbarrier_wait(smem.dout_full(ring.stage), ring.parity);
+    clear_rows<4>(consumer == 0 ? smem.query(ring.stage) : smem.dout(ring.stage), rows, kQ,
+                  warp * 32 + lane, 128);
+    ptx::fence_async_shared();
+    ptx::barrier_sync(kBoth, 256);
+  }
+};
+
+// Consumer 0: S^T, P^T, dV. The products of dV and dQ of a step run beside the scores of the next.
+template <int kTile, DataType kType>
+__device__ __forceinline__ void consume_probabilities(const PairConsumer<kTile, kType>& c,
+                                                      float (&dvalue)[128], int steps) {
+  using Consumer = PairConsumer<kTile, kType>;
+  const auto& smem = c.smem;
+  const BackwardProblem& p = c.params.problem;
+  const float factor = c.tile.scale * kLog2E;
+  const int first_key = c.tile.first_key() + c.rank * 64;
+  const Interval whole = c.tile.whole(p, first_key, first_key + 63);
+  const int whole_begin = uniform(whole.begin), whole_end = uniform(whole.end);
+  const int clear = uniform(c.tile.clear_rows(p));
+  const uint32_t p_to = transposed_row(smem.ds(0) + c.rank * Consumer::kPanel, c.warp, c.lane);
+  float s[32], dquery[32];
+  uint32_t probabilities[4][4];
+  Pair ring;
+  uint32_t ds_parity = 0;
+  PairPlace at(c.params, c.tile), before = at;
+
+  const auto start_dquery = [&] {
+    ptx::mbarrier_wait(smem.ds_full(), ds_parity);
+    ds_parity ^= 1;
+    ptx::wgmma_fence();
+    c.start_dquery(dquery);
+  };
+  const auto step = [&](auto is_first) {
+    constexpr bool kFirst = decltype(is_first)::value;
+    const uint32_t stage = ring.stage;
+    if constexpr (Consumer::kT.masked) c.clear_queries(ring, at.query_tile, clear);
+    ptx::mbarrier_wait(smem.query_full(stage), ring.parity);
+    ptx::wgmma_fence();
+    c.start_scores(s, smem.key(), smem.query(stage));
+    if constexpr (!kFirst) {
+      ptx::wgmma_wait<1>();  // dV of the step before
+      c.release(smem.dout_empty(stage ^ 1));
+      start_dquery();
+    }
+    ptx::wgmma_wait<kFirst ? 0 : 1>();
+    ptx::pin(s);
+    to_probabilities(s, smem.lse2(stage), factor);
+    if constexpr (Consumer::kT.masked) {
+      if (at.query_tile < whole_begin || at.query_tile >= whole_end) {
+        mask_probabilities(s, p, c.tile, first_key + c.warp * 16 + c.lane / 4,
+                           at.query_tile * Consumer::kQ);
+      }
+    }
+    ptx::pin(s);  // stay float32 until dQ is gone: 240 registers are few
+    c.release(smem.query_empty(stage));
+    if constexpr (!kFirst) {
+      ptx::wgmma_wait<0>();
+      ptx::pin(dquery);
+      c.release(smem.ds_empty());
+      c.add_dquery(dquery, before);
+      // Nobody reads dS any more, and the copy to the other block has left.
+      ptx::mbarrier_wait(smem.ds_empty(), ds_parity ^ 1);
+    }
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {  // float16 whatever the type: the scaled P fits it best
+      const uint32_t words[4] = {ptx::pack<DataType::kFloat16>(s[8 * k], s[8 * k + 1]),
+                                 ptx::pack<DataType::kFloat16>(s[8 * k + 2], s[8 * k + 3]),
+                                 ptx::pack<DataType::kFloat16>(s[8 * k + 4], s[8 * k + 5]),
+                                 ptx::pack<DataType::kFloat16>(s[8 * k + 6], s[8 * k + 7])};
+      ptx::store_matrix_x4_transposed(p_to + k * 2048, words);
+    }
+    __syncwarp();
+    if (c.lane == 0) ptx::mbarrier_arrive(smem.p_full());
+#pragma unroll
+    for (int i = 0; i < 16; ++i) {
+      probabilities[i / 4][i % 4] = ptx::pack<kType>(s[2 * i], s[2 * i + 1]);
+    }
+    ptx::mbarrier_wait(smem.dout_full(stage), ring.parity);
+    ptx::wgmma_fence();
+    c.start_gradient(dvalue, probabilities, smem.dout(stage));
+    ring.next();
+    before = at;
+    at.next(c.params, c.tile);
+  };
+
+  ptx::mbarrier_wait(smem.key_full(), 0);
+  step(Yes{});
+#pragma unroll 1
+  for (int i = 1; i < steps; ++i) step(No{});
+  start_dquery();
+  ptx::wgmma_wait<0>();
+  ptx::pin(dquery);
+  ptx::pin(dvalue);
+  c.add_dquery(dquery, before);
+}
+
+// Consumer 1: dP^T, dS^T, dK. The products of dK and dQ of a step run beside the dP^T of the next.
+template <int kTile, DataType kType>
+__device__ __forceinline__ void consume_scores(const PairConsumer<kTile, kType>& c,
+                                               float (&dkey)[128], int steps) {
+  using Consumer = PairConsumer<kTile, kType>;
+  const auto& smem = c.smem;
+  const int clear = uniform(c.tile.clear_rows(c.params.problem));
+  const uint32_t half = smem.ds(0) + c.rank * Consumer::kPanel;
+  const uint32_t ds_to = transposed_row(half, c.warp, c.lane);
+  const uint32_t peer_half = ptx::peer_address(half, 1 - c.rank);
+  const uint32_t peer_full = ptx::peer_address(smem.ds_full(), 1 - c.rank);
+  float dp[32], dquery[32];
+  uint32_t ds[4][4];
+  Pair ring;
+  uint32_t ds_parity = 0, p_parity = 0;
+  PairPlace at(c.params, c.tile), before = at;
+
+  ptx::mbarrier_wait(smem.value_full(), 0);
+  ptx::mbarrier_wait(smem.key_full(), 0);
+  // The first step computes a dQ from whatever lies in dS and drops it: without it, in a copy of
+  // the step, ptxas finds too few registers and serialises every product (C7512).
+#pragma unroll 1
+  for (int i = 0; i < steps; ++i) {
+    const uint32_t stage = ring.stage;
+    if constexpr (Consumer::kT.masked) c.clear_queries(ring, at.query_tile, clear);
+    ptx::mbarrier_wait(smem.dout_full(stage), ring.parity);
+    ptx::wgmma_fence();
+    c.start_scores(dp, smem.value(), smem.dout(stage));
+    ptx::wgmma_wait<1>();  // dK of the step before
+    if (i > 0) {
+      c.release(smem.query_empty(stage ^ 1));
+      ptx::mbarrier_wait(smem.ds_full(), ds_parity);
+      ds_parity ^= 1;
+    }
+    ptx::wgmma_fence();
+    c.start_dquery(dquery);
+    ptx::wgmma_wait<1>();
+    ptx::pin(dp);
+    ptx::wgmma_wait<0>();
+    ptx::pin(dquery);
+    if (i > 0) {
+      c.release(smem.ds_empty());
+      c.add_dquery(dquery, before);
+    }
+    ptx::mbarrier_wait(smem.p_full(), p_parity);
+    p_parity ^= 1;
+    const uint32_t deltas = smem.delta(stage) + c.lane % 4 * 8;
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      uint32_t words[4];
+      ptx::load_matrix_x4_transposed(words, ds_to + k * 2048);
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        const int j = 2 * k + e / 2, at_dp = 4 * j + e % 2 * 2;
+        const float2 d = ptx::load_shared_8(deltas + j * 32);
+        const float2 prob = ptx::unpack<DataType::kFloat16>(words[e]);
+        ds[k][e] = ptx::pack<kType>(prob.x * fmaf(dp[at_dp], kProbabilityUnit, -d.x),
+                                    prob.y * fmaf(dp[at_dp + 1], kProbabilityUnit, -d.y));
+      }
+    }
+    c.release(smem.dout_empty(stage));
+    __syncwarp();
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {  // a warp overwrites exactly the P that it has read
+      ptx::store_matrix_x4_transposed(ds_to + k * 2048, ds[k]);
+    }
+    ptx::fence_async_shared();
+    ptx::barrier_sync(c.own(), 128);
+    if (c.warp == 0 && c.lane == 0) {
+      ptx::mbarrier_arrive_expect(smem.ds_full(), Consumer::kPanel);  // the other block's half
+      ptx::bulk_copy_to_peer(peer_half, half, Consumer::kPanel, peer_full);
+    }
+    __syncwarp();
+    ptx::wgmma_fence();
+    c.start_gradient(dkey, ds, smem.query(stage));
+    ring.next();
+    before = at;
+    at.next(c.params, c.tile);
+  }
+  ptx::mbarrier_wait(smem.ds_full(), ds_parity);
+  ptx::wgmma_fence();
+  c.start_dquery(dquery);
+  ptx::wgmma_wait<0>();
+  ptx::pin(dquery);
+  ptx::pin(dkey);
+  c.add_dquery(dquery, before);
+}
+
+template <int kTile, DataType kType>
+__global__ void __launch_bounds__(kBackwardTiles[kTile].threads(), 1)
+    backward_pair(const __grid_constant__ BackwardMaps maps,
+                  const __grid_constant__ BackwardParams params) {
+  constexpr BackwardTile kT = kBackwardTiles[kTile];
+  using Memory = BackwardMemory<kTile>;
+  using Tile = KeyTile<kT.tile_q>;
+  extern __shared__ __align__(1024) char shared_memory[];
+  const Memory smem{ptx::shared_address(shared_memory)};
+  const BackwardProblem& p = params.problem;
+  const int group = uniform(threadIdx.x / 128), warp = uniform(threadIdx.x / 32 % 4);
+  const int lane = threadIdx.x % 32, rank = uniform(ptx::cluster_rank());
+
+  Tile& tile = *reinterpret_cast<Tile*>(shared_memory + Memory::tile_offset(0));
+  uint32_t* ticket = reinterpret_cast<uint32_t*>(shared_memory + Memory::tile_offset(1));
+  if (threadIdx.x == 0) {
+    smem.init_barriers();
+    // A block that waits for its turn must be sure that those before it are running: tiles are
+    // taken in the order in which pairs begin.
+    if (kT.deterministic && rank == 0) {
+      ptx::wait_prerequisites();
+      const uint32_t number = atomicAdd(params.ticket, 1);
+      for (int r = 0; r < 2; ++r) {
+        ptx::store_peer(ptx::peer_address(ptx::shared_address(ticket), r), number);
+      }
+    }
+  }
+  ptx::cluster_arrive();
+  ptx::cluster_wait();
+  ptx::launch_dependents();
+  if (group == 0 && warp == 0) {
+    const Tile made(params, kT.deterministic ? *ticket : blockIdx.x / 2, kT.masked);
+    if (lane == 0) tile = made;
+  }
+  __syncthreads();
+  const int steps = uniform(tile.steps()) * (p.heads_q / p.heads_kv);
+
+  if (group == 0) {
+    ptx::lower_registers<24>();
+    if (warp == 0 && lane == 0) PairProducer<kTile>{maps, params, smem, tile, rank}.run();
+  } else {
+    ptx::raise_registers<240>();
+    const int consumer = group - 1;
+    const PairConsumer<kTile, kType> c{params, smem, tile, rank, consumer, warp, lane};
+    float gradient[128];  // dV of consumer 0, dK of consumer 1
+#pragma unroll
+    for (int i = 0; i < 128; ++i) gradient[i] = 0.0f;
+    if (steps > 0) {
+      if constexpr (kT.masked) c.clear_keys();
+      if (consumer == 0) {
+        consume_probabilities(c, gradient, steps);
+      } else {
+        consume_scores(c, gradient, steps);
+      }
+    }
+    // dV goes over V and dK over K, once both consumers are past their last read of them.
+    ptx::barrier_sync(c.kBoth, 256);
+    const uint32_t place = consumer == 0 ? smem.value() : smem.key();
+    store_rows<kType, kT.head_dim>(gradient, place, Memory::kKeyPanel, warp, lane,
+                                   consumer == 0 ? kProbabilityUnit : tile.scale);
+    ptx::fence_async_shared();
+    ptx::barrier_sync(c.own(), 128);
+    if (warp == 0 && lane == 0) {
+      for (int panel = 0; panel < kT.panels(); ++panel) {
+        ptx::tma_store(consumer == 0 ? &maps.dvalue : &maps.dkey, place + panel * Memory::kKeyPanel,
+                       panel * 64, tile.first_key() + rank * kT.keys(), tile.head_kv, tile.batch);
+      }
+      ptx::bulk_commit();
+      ptx::bulk_wait<0>();
+    }
+  }
+  // No block may leave while its peer can still write to it or arrive on its barriers.
+  ptx::cluster_arrive();
+  ptx::cluster_wait();
+}
+
+}  // namespace flash2::sm90
