@@ -1,10 +1,11 @@
-// The only host file that talks to the CUDA runtime.
+// The launch of the forward; with launch_backward.cc, all that talks to the CUDA runtime.
 
 #include <cuda_runtime_api.h>
 
 #include <atomic>
 #include <cstdint>
 
+#include "launch.h"
 #include "params.h"
 #include "plan.h"
 #include "problem.h"
@@ -13,8 +14,6 @@
 
 namespace flash2 {
 namespace {
-
-constexpr int kMaxDevices = 64;
 
 template <DataType kType>
 const void* find_kernel(const ForwardPlan& plan) {
@@ -27,24 +26,6 @@ const void* find_kernel(const ForwardPlan& plan) {
       return sm80::forward_kernel<256, kType>(plan.variant, plan.general);
   }
   return nullptr;
-}
-
-// More than 48 KB of shared memory must be asked for, once per kernel and device. Two threads that
-// ask at once do no harm.
-cudaError_t allow_smem(const void* kernel, int bit, uint32_t bytes) {
-  static std::atomic<uint64_t> done[kMaxDevices];
-  int device = 0;
-  if (const cudaError_t error = cudaGetDevice(&device); error != cudaSuccess) return error;
-  const uint64_t mask = uint64_t{1} << bit;
-  if (device < kMaxDevices && (done[device].load(std::memory_order_relaxed) & mask)) {
-    return cudaSuccess;
-  }
-  const cudaError_t error = cudaFuncSetAttribute(
-      kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
-  if (error == cudaSuccess && device < kMaxDevices) {
-    done[device].fetch_or(mask, std::memory_order_relaxed);
-  }
-  return error;
 }
 
 }  // namespace
@@ -90,7 +71,9 @@ int launch_forward(const ForwardProblem& problem, const ForwardPlan& plan, void*
   if (kernel == nullptr) return cudaErrorInvalidDeviceFunction;
   static_assert(4 * sm80::kForwardTileCount <= 64);
   const int bit = 4 * plan.variant + 2 * bfloat16 + plan.general;
-  if (const cudaError_t error = allow_smem(kernel, bit, plan.smem_bytes); error != cudaSuccess) {
+  static SmemAllowance allowance;
+  if (const cudaError_t error = allowance.ask(kernel, bit, plan.smem_bytes);
+      error != cudaSuccess) {
     return error;
   }
   const uint32_t tiles_q = plan.tiles_q, section = plan.section;

@@ -1,0 +1,36 @@
+// What the launches of the passes share.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <atomic>
+#include <cstdint>
+
+namespace flash2 {
+
+inline constexpr int kMaxDevices = 64;
+
+// More than 48 KB of shared memory must be asked for, once per kernel and device. Two threads that
+// ask at once do no harm. One object for up to 64 kernels.
+class SmemAllowance {
+ public:
+  cudaError_t ask(const void* kernel, int bit, uint32_t bytes) {
+    int device = 0;
+    if (const cudaError_t error = cudaGetDevice(&device); error != cudaSuccess) return error;
+    const uint64_t mask = uint64_t{1} << bit;
+    if (device < kMaxDevices && (done_[device].load(std::memory_order_relaxed) & mask)) {
+      return cudaSuccess;
+    }
+    const cudaError_t error = cudaFuncSetAttribute(
+        kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
+    if (error == cudaSuccess && device < kMaxDevices) {
+      done_[device].fetch_or(mask, std::memory_order_relaxed);
+    }
+    return error;
+  }
+
+ private:
+  std::atomic<uint64_t> done_[kMaxDevices] = {};
+};
+
+}  // namespace flash2
