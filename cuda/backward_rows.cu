@@ -5,10 +5,12 @@
 #include <cstdint>
 
 #include "dquery_sums.cuh"
+#include "mask.cuh"
 #include "params.h"
 #include "plan.h"
 #include "problem.h"
 #include "ptx/common.cuh"
+#include "ptx/warpgroup.cuh"
 #include "softmax.cuh"
 
 namespace flash2 {
@@ -22,10 +24,10 @@ struct RowBlock {
   int64_t row0w;  // in the workspace
   int q_length;   // rows at or past it have no gradient
 
-  __device__ __forceinline__ explicit RowBlock(const BackwardParams& params) {
+  __device__ __forceinline__ RowBlock(const BackwardParams& params, uint32_t number) {
     const BackwardProblem& p = params.problem;
-    const uint32_t head_of_all = params.row_blocks.divide(blockIdx.x);
-    row0 = (blockIdx.x - head_of_all * params.row_blocks.value) * kRowPadding;
+    const uint32_t head_of_all = params.row_blocks.divide(number);
+    row0 = (number - head_of_all * params.row_blocks.value) * kRowPadding;
     row0w = int64_t{head_of_all} * params.rows_per_head + row0;
     batch = params.heads_q.divide(head_of_all);
     head = head_of_all - batch * p.heads_q;
@@ -58,7 +60,8 @@ __global__ void __launch_bounds__(kRowsThreads)
   constexpr int kLanes = kHeadDim / 8, kPass = kRowsThreads / kLanes;
   constexpr int kPasses = kRowPadding / kPass;
   const BackwardProblem& p = params.problem;
-  const RowBlock at(params);
+  const RowBlock at(params, blockIdx.x);
+  ptx::launch_dependents();
   const int chunk = threadIdx.x % kLanes, first = threadIdx.x / kLanes;
   const char* out = of_head(p.out, p.out_stride, at) + chunk * 16;
   const char* dout = of_head(p.dout, p.dout_stride, at) + chunk * 16;
@@ -74,9 +77,11 @@ __global__ void __launch_bounds__(kRowsThreads)
       d[i] = *reinterpret_cast<const uint4*>(dout + 2 * p.dout_stride.row * row);
     }
   }
-  float4* sums = reinterpret_cast<float4*>(params.dquery_sums + at.row0w * p.head_dim);
-  const int words = kRowPadding * p.head_dim / 4;
-  for (int i = threadIdx.x; i < words; i += kRowsThreads) sums[i] = float4{0, 0, 0, 0};
+  if (!params.first_stores) {
+    float4* sums = reinterpret_cast<float4*>(params.dquery_sums + at.row0w * p.head_dim);
+    const int words = kRowPadding * p.head_dim / 4;
+    for (int i = threadIdx.x; i < words; i += kRowsThreads) sums[i] = float4{0, 0, 0, 0};
+  }
   if (params.turns) {
     if (threadIdx.x < kRowPadding / 16) params.turns[at.row0w / 16 + threadIdx.x] = 0;
     if (blockIdx.x == 0 && threadIdx.x == 0) *params.ticket = 0;
@@ -110,7 +115,9 @@ __global__ void __launch_bounds__(kRowsThreads)
   constexpr int kBlocks = kHeadDim / 8 / kShare;
   __shared__ __align__(16) char shared_memory[kRowPadding * kPitch];
   const BackwardProblem& p = params.problem;
-  const RowBlock at(params);
+  ptx::wait_prerequisites();
+  // From the last on: those sums are still in the L2 cache.
+  const RowBlock at(params, gridDim.x - 1 - blockIdx.x);
   const int lane = threadIdx.x % 32, strip = threadIdx.x / 32 % kStrips;
   const int part = threadIdx.x / 32 / kStrips;
   const uint32_t shared = ptx::shared_address(shared_memory) +
@@ -119,12 +126,20 @@ __global__ void __launch_bounds__(kRowsThreads)
   float scale = p.scale;
   if (p.scale_operand.data) scale *= p.scale_operand.at(at.batch);
 
+  // Sums that nobody has stored stand for zeros.
+  const int row0 = static_cast<int>(at.row0);
+  const int last = min(row0 + static_cast<int>(kRowPadding), at.q_length) - 1;
+  const bool visited =
+      !params.first_stores ||
+      BlockRange<128>(p, Visibility(p, at.batch), row0, last).total > 0;
+  const int columns = visited ? p.head_dim : 0;
+
   float4 v[kBlocks];
 #pragma unroll
   for (int i = 0; i < kBlocks; ++i) {
     const int j = i * kShare + part;
     v[i] = float4{0, 0, 0, 0};
-    if (j * 8 < p.head_dim) v[i] = DquerySums{const_cast<float*>(sums) + j * 128}.load(lane);
+    if (j * 8 < columns) v[i] = DquerySums{const_cast<float*>(sums) + j * 128}.load(lane);
   }
 #pragma unroll
   for (int i = 0; i < kBlocks; ++i) {
@@ -148,7 +163,7 @@ __global__ void __launch_bounds__(kRowsThreads)
       const int row = strip * 16 + lane / 4 + 8 * half;
       if (part != 0) break;
       float sum = 0.0f;
-      for (int j = 0; j < p.head_dim / 8; ++j) {
+      for (int j = 0; j < columns / 8; ++j) {
         const float4 x = DquerySums{const_cast<float*>(sums) + j * 128}.load(lane);
         if (at.row0 + row < at.q_length) {
           const float2 q = ptx::unpack<kType>(*reinterpret_cast<const uint32_t*>(

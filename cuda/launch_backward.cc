@@ -12,6 +12,7 @@
 #include "problem.h"
 #include "sm80/kernels.h"
 #include "sm80/tiles.h"
+#include "sm90/launch_backward.h"
 
 namespace flash2 {
 namespace {
@@ -40,13 +41,15 @@ int launch_backward(const BackwardProblem& problem, const BackwardPlan& plan, vo
   const bool bfloat16 = problem.data_type == DataType::kBFloat16;
   const BackwardWorkspace& w = plan.workspace;
   char* base = static_cast<char*>(workspace);
-  const bool deterministic = problem.deterministic;
+  const bool hopper = plan.family == 90;
+  const bool waits = hopper || problem.deterministic;
   BackwardParams params{problem,
                         reinterpret_cast<float*>(base + w.dquery),
                         reinterpret_cast<float*>(base + w.lse2),
                         reinterpret_cast<float*>(base + w.delta),
-                        deterministic ? reinterpret_cast<int32_t*>(base + w.turns) : nullptr,
+                        waits ? reinterpret_cast<int32_t*>(base + w.turns) : nullptr,
                         reinterpret_cast<int32_t*>(base + w.ticket),
+                        plan.first_stores,
                         static_cast<uint32_t>(w.rows_per_head),
                         static_cast<uint32_t>(plan.tiles_kv),
                         static_cast<uint32_t>(problem.batch) * problem.heads_kv,
@@ -56,16 +59,28 @@ int launch_backward(const BackwardProblem& problem, const BackwardPlan& plan, vo
                         divisor(w.rows_per_head / kRowPadding),
                         divisor(problem.heads_q)};
   void* arguments[] = {&params};
-  const auto rows = [&](const void* kernel) {
+  // `early`: may begin, as far as it waits by itself, before the kernel before it has ended.
+  const auto rows = [&](const void* kernel, bool early) {
     if (plan.rows_grid == 0) return cudaSuccess;
     if (kernel == nullptr) return cudaErrorInvalidDeviceFunction;
-    return cudaLaunchKernel(kernel, dim3(plan.rows_grid), dim3(kRowsThreads), arguments, 0,
-                            stream);
+    cudaLaunchAttribute attribute = {};
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config = {};
+    config.gridDim = dim3(plan.rows_grid);
+    config.blockDim = dim3(kRowsThreads);
+    config.stream = stream;
+    config.attrs = &attribute;
+    config.numAttrs = early ? 1 : 0;
+    return cudaLaunchKernelExC(&config, kernel, arguments);
   };
 
-  cudaError_t error = rows(prepare_rows_kernel(problem.data_type, plan.head_dim));
+  cudaError_t error = rows(prepare_rows_kernel(problem.data_type, plan.head_dim), false);
   if (error != cudaSuccess) return error;
-  if (plan.grid != 0) {
+  if (hopper) {
+    const int failed = sm90::launch_backward(problem, plan, params, stream);
+    if (failed != cudaSuccess) return failed;
+  } else if (plan.grid != 0) {
     const void* kernel =
         bfloat16 ? find_kernel<DataType::kBFloat16>(plan) : find_kernel<DataType::kFloat16>(plan);
     if (kernel == nullptr) return cudaErrorInvalidDeviceFunction;
@@ -78,7 +93,7 @@ int launch_backward(const BackwardProblem& problem, const BackwardPlan& plan, vo
                              stream);
     if (error != cudaSuccess) return error;
   }
-  return rows(finish_rows_kernel(problem.data_type, plan.head_dim));
+  return rows(finish_rows_kernel(problem.data_type, plan.head_dim), hopper);
 }
 
 }  // namespace flash2

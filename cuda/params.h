@@ -45,8 +45,11 @@ struct BackwardParams {
   float* dquery_sums;
   float* lse2;
   float* delta;
-  int32_t* turns;  // null unless deterministic
+  // Null where nobody waits for others: sm80 unless deterministic.
+  int32_t* turns;
   int32_t* ticket;
+  // The first key tile of a row block stores its sums of dQ, and nobody writes zeros before.
+  bool first_stores;
   uint32_t rows_per_head;
   uint32_t tiles_kv;  // tiles per key head
   uint32_t heads;     // batch * heads_kv

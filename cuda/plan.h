@@ -57,8 +57,8 @@ ForwardPlan plan_forward(const Device& device, const ForwardProblem& problem);
 
 // Where the parts of the backward's workspace begin, in bytes. It depends on shapes and options
 // alone, so that it can be sized when a call is traced, before any GPU is known. Rows are the
-// query rows of all batch entries and heads, those of each (entry, head) padded to kRowPadding:
-// per row 4 * head_dim + 8 bytes, and 4 more per 16 rows if deterministic.
+// query rows of all batch entries and heads, those of each (entry, head) padded to kHeadPadding:
+// per row 4 * head_dim + 8 bytes, and 4 more per 16 rows.
 struct BackwardWorkspace {
   int64_t rows_per_head = 0;
   int64_t dquery = 0;  // sums of dS K, float32, head_dim each row; order: backward_rows.cuh
@@ -69,10 +69,11 @@ struct BackwardWorkspace {
   int64_t bytes = 0;
 };
 
-inline constexpr int64_t kRowPadding = 64;
+inline constexpr int64_t kRowPadding = 64;    // rows of a block of the kernels before and after
+inline constexpr int64_t kHeadPadding = 128;  // the largest tile_q
 
 BackwardWorkspace backward_workspace(int64_t batch, int64_t heads_q, int64_t seq_q,
-                                     int64_t head_dim, bool deterministic);
+                                     int64_t head_dim);
 
 struct BackwardPlan {
   PlanStatus status = PlanStatus::kOk;
@@ -89,10 +90,13 @@ struct BackwardPlan {
   uint32_t block = 0;       // its threads
   uint32_t smem_bytes = 0;  // its shared memory
   uint32_t rows_grid = 0;   // blocks of the kernels before and after it; 0: no queries
+  bool first_stores = false;  // BackwardParams
   BackwardWorkspace workspace;
 };
 
-BackwardPlan plan_backward(const Device& device, const BackwardProblem& problem);
+// `family` 80 asks for the kernels of sm80/; 0 takes the fastest that serve the problem.
+BackwardPlan plan_backward(const Device& device, const BackwardProblem& problem,
+                           int32_t family = 0);
 
 // The rules that every pass has: what is wrong with a problem, and with an array of its own.
 PlanStatus check_problem(const Device& device, const Problem& problem);

@@ -38,6 +38,13 @@ __device__ __forceinline__ uint32_t pack(float low, float high) {
   return packed;
 }
 
+// As pack<kFloat16>, of numbers that are not negative.
+__device__ __forceinline__ uint32_t pack_positive(float low, float high) {
+  uint32_t packed;
+  asm("cvt.rn.relu.f16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
+  return packed;
+}
+
 // The two numbers of a packed word. PTX ISA 9.7.9, cvt; a bfloat16 is a float's upper half.
 template <DataType kType>
 __device__ __forceinline__ float2 unpack(uint32_t packed) {
@@ -94,7 +101,7 @@ __device__ __forceinline__ void add_global(float* address, float value) {
   asm volatile("red.relaxed.gpu.global.add.f32 [%0], %1;" ::"l"(address), "f"(value) : "memory");
 }
 
-#if __CUDA_ARCH__ >= 900
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
 __device__ __forceinline__ void add_global_4(float* address, const float (&v)[4]) {
   asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(address),
                "f"(v[0]), "f"(v[1]), "f"(v[2]), "f"(v[3])

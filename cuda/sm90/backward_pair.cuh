@@ -33,17 +33,18 @@ namespace flash2::sm90 {
 // A place in the walk: query tiles from the last to the first, head after head of the group.
 struct PairPlace {
   int query_tile;
-  int block;  // of kRowPadding rows: the tile's place in the workspace
+  int block;  // of kRowPadding rows: the query tile's place in the workspace
 
   template <class Tile>
   __device__ __forceinline__ PairPlace(const BackwardParams& params, const Tile& tile)
-      : query_tile(tile.end - 1) {
+      : query_tile(uniform(tile.end - 1)) {
     const BackwardProblem& p = params.problem;
-    const int head = tile.head_kv * (p.heads_q / p.heads_kv);
-    block = (tile.batch * p.heads_q + head) * static_cast<int>(params.row_blocks.value) + query_tile;
+    const int head = tile.batch * p.heads_q + tile.head_kv * (p.heads_q / p.heads_kv);
+    block = uniform(head * static_cast<int>(params.row_blocks.value) + query_tile);
   }
   __device__ __forceinline__ int64_t row() const { return int64_t{block} * kRowPadding; }
-  // Without a branch: it stands between products.
+  // Without a branch: it stands between products. `tile` stays in shared memory, since registers
+  // are few.
   template <class Tile>
   __device__ __forceinline__ void next(const BackwardParams& params, const Tile& tile) {
     const bool turn = query_tile == tile.begin;
@@ -138,13 +139,17 @@ struct PairConsumer {
   const BackwardParams& params;
   Memory smem;
   const Tile& tile;
-  int rank, consumer, warp, lane;
+  int rank, consumer;
 
+  // Made anew from the thread's number wherever they are needed: registers are few.
+  __device__ __forceinline__ int thread() const { return threadIdx.x % 128; }
+  __device__ __forceinline__ int warp() const { return thread() / 32; }
+  __device__ __forceinline__ int lane() const { return threadIdx.x % 32; }
   __device__ __forceinline__ int own() const { return 2 + consumer; }
   __device__ __forceinline__ int quarter() const { return 2 * rank + consumer; }
   // A stage is free once all of both blocks are done: TMA writes to both.
   __device__ __forceinline__ void release(uint32_t barrier) const {
-    if (lane < 2) ptx::mbarrier_arrive_peer(ptx::peer_address(barrier, lane));
+    if (lane() < 2) ptx::mbarrier_arrive_peer(ptx::peer_address(barrier, lane()));
   }
   // x = A B^T over head_dim: S^T or dP^T.
   __device__ __forceinline__ void start_scores(float (&x)[kQ / 2], uint32_t a, uint32_t b) const {
@@ -185,11 +190,12 @@ struct PairConsumer {
   __device__ __forceinline__ void add_dquery(const float (&dquery)[32], const PairPlace& at) const {
     const BackwardProblem& p = params.problem;
     const int blocks = p.head_dim / 8 - 8 * quarter();  // of 8 columns, that exist
-    float* to = params.dquery_sums + 16 * warp * p.head_dim + quarter() * 1024 + lane * 4 +
+    float* to = params.dquery_sums + 16 * warp() * p.head_dim + quarter() * 1024 +
+                lane() * 4 +
                 int64_t{at.block} * (kRowPadding * p.head_dim);
     int32_t* turn = params.turns + int64_t{at.block} * (kRowPadding / 16) + quarter();
     if constexpr (kT.deterministic) {
-      if (warp == 0 && lane == 0) {
+      if (thread() == 0) {
         const int before = tile.visitors_before(p, at.query_tile);
         while (ptx::load_acquire(turn) < before) {
         }
@@ -205,31 +211,31 @@ struct PairConsumer {
     if constexpr (kT.deterministic) {
       __threadfence();
       ptx::barrier_sync(own(), 128);
-      if (warp == 0 && lane == 0) ptx::add_release(turn, 1);
+      if (thread() == 0) ptx::add_release(turn, 1);
     }
   }
   // Zeros in what the call must not see: keys of this block and of the other's half.
   __device__ __forceinline__ void clear_keys() const {
     const int keys = uniform(tile.clear_keys(params.problem));
     if (keys >= tile.kKeys) return;
-    const int thread = consumer * 128 + warp * 32 + lane;
+    const int number = consumer * 128 + thread();
     ptx::mbarrier_wait(smem.key_full(), 0);
     ptx::mbarrier_wait(smem.value_full(), 0);
     const int mine = min(max(keys - 64 * rank, 0), 64);
     const int other = min(max(keys - 64 * (1 - rank), 0), 64);
-    clear_rows<4>(smem.key(), mine, 64, thread, 256);
-    clear_rows<4>(smem.value(), mine, 64, thread, 256);
-    clear_rows<2>(smem.other_key(), other, 64, thread, 256);
+    clear_rows<4>(smem.key(), mine, 64, number, 256);
+    clear_rows<4>(smem.value(), mine, 64, number, 256);
+    clear_rows<2>(smem.other_key(), other, 64, number, 256);
     ptx::fence_async_shared();
     ptx::barrier_sync(kBoth, 256);
   }
   // Rows of the last query tile of each head, likewise: consumer 0 those of Q, consumer 1 of dO.
-  __device__ __forceinline__ void clear_queries(const Pair& ring, int query_tile, int rows) const {
-    if (rows >= kQ || query_tile != tile.end - 1) return;
+  __device__ __forceinline__ void clear_queries(const Pair& ring, int rows) const {
+    if (rows >= kQ) return;
     ptx::mbarrier_wait(smem.query_full(ring.stage), ring.parity);
     ptx::mbarrier_wait(smem.dout_full(ring.stage), ring.parity);
     clear_rows<4>(consumer == 0 ? smem.query(ring.stage) : smem.dout(ring.stage), rows, kQ,
-                  warp * 32 + lane, 128);
+                  thread(), 128);
     ptx::fence_async_shared();
     ptx::barrier_sync(kBoth, 256);
   }
@@ -247,12 +253,13 @@ __device__ __forceinline__ void consume_probabilities(const PairConsumer<kTile, 
   const Interval whole = c.tile.whole(p, first_key, first_key + 63);
   const int whole_begin = uniform(whole.begin), whole_end = uniform(whole.end);
   const int clear = uniform(c.tile.clear_rows(p));
-  const uint32_t p_to = transposed_row(smem.ds(0) + c.rank * Consumer::kPanel, c.warp, c.lane);
+  const uint32_t p_to = transposed_row(smem.ds(0) + c.rank * Consumer::kPanel, c.warp(), c.lane());
   float s[32], dquery[32];
   uint32_t probabilities[4][4];
   Pair ring;
   uint32_t ds_parity = 0;
-  PairPlace at(c.params, c.tile), before = at;
+  PairPlace before(c.params, c.tile);  // of the step before
+  int query_tile = before.query_tile;
 
   const auto start_dquery = [&] {
     ptx::mbarrier_wait(smem.ds_full(), ds_parity);
@@ -263,7 +270,9 @@ __device__ __forceinline__ void consume_probabilities(const PairConsumer<kTile, 
   const auto step = [&](auto is_first) {
     constexpr bool kFirst = decltype(is_first)::value;
     const uint32_t stage = ring.stage;
-    if constexpr (Consumer::kT.masked) c.clear_queries(ring, at.query_tile, clear);
+    if constexpr (Consumer::kT.masked) {
+      if (query_tile == c.tile.end - 1) c.clear_queries(ring, clear);
+    }
     ptx::mbarrier_wait(smem.query_full(stage), ring.parity);
     ptx::wgmma_fence();
     c.start_scores(s, smem.key(), smem.query(stage));
@@ -276,9 +285,9 @@ __device__ __forceinline__ void consume_probabilities(const PairConsumer<kTile, 
     ptx::pin(s);
     to_probabilities(s, smem.lse2(stage), factor);
     if constexpr (Consumer::kT.masked) {
-      if (at.query_tile < whole_begin || at.query_tile >= whole_end) {
-        mask_probabilities(s, p, c.tile, first_key + c.warp * 16 + c.lane / 4,
-                           at.query_tile * Consumer::kQ);
+      if (query_tile < whole_begin || query_tile >= whole_end) {
+        mask_probabilities(s, p, c.tile, first_key + c.warp() * 16 + c.lane() / 4,
+                           query_tile * Consumer::kQ);
       }
     }
     ptx::pin(s);  // stay float32 until dQ is gone: 240 registers are few
@@ -288,35 +297,35 @@ __device__ __forceinline__ void consume_probabilities(const PairConsumer<kTile, 
       ptx::pin(dquery);
       c.release(smem.ds_empty());
       c.add_dquery(dquery, before);
+      before.next(c.params, c.tile);
       // Nobody reads dS any more, and the copy to the other block has left.
       ptx::mbarrier_wait(smem.ds_empty(), ds_parity ^ 1);
     }
+    // float16 whatever the type: it fits the scaled P best. By an instruction of its own: words that
+    // also were an operand of dV would be registers too many (C7512).
 #pragma unroll
-    for (int k = 0; k < 4; ++k) {  // float16 whatever the type: the scaled P fits it best
-      const uint32_t words[4] = {ptx::pack<DataType::kFloat16>(s[8 * k], s[8 * k + 1]),
-                                 ptx::pack<DataType::kFloat16>(s[8 * k + 2], s[8 * k + 3]),
-                                 ptx::pack<DataType::kFloat16>(s[8 * k + 4], s[8 * k + 5]),
-                                 ptx::pack<DataType::kFloat16>(s[8 * k + 6], s[8 * k + 7])};
+    for (int k = 0; k < 4; ++k) {
+      uint32_t words[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        words[i] = ptx::pack_positive(s[8 * k + 2 * i], s[8 * k + 2 * i + 1]);
+      }
       ptx::store_matrix_x4_transposed(p_to + k * 2048, words);
     }
     __syncwarp();
-    if (c.lane == 0) ptx::mbarrier_arrive(smem.p_full());
-#pragma unroll
-    for (int i = 0; i < 16; ++i) {
-      probabilities[i / 4][i % 4] = ptx::pack<kType>(s[2 * i], s[2 * i + 1]);
-    }
+    if (c.lane() == 0) ptx::mbarrier_arrive(smem.p_full());
+    pack_all<kType>(s, probabilities);
     ptx::mbarrier_wait(smem.dout_full(stage), ring.parity);
     ptx::wgmma_fence();
     c.start_gradient(dvalue, probabilities, smem.dout(stage));
     ring.next();
-    before = at;
-    at.next(c.params, c.tile);
+    query_tile = query_tile == c.tile.begin ? c.tile.end - 1 : query_tile - 1;
   };
 
   ptx::mbarrier_wait(smem.key_full(), 0);
   step(Yes{});
 #pragma unroll 1
-  for (int i = 1; i < steps; ++i) step(No{});
+  while (--steps > 0) step(No{});
   start_dquery();
   ptx::wgmma_wait<0>();
   ptx::pin(dquery);
@@ -332,28 +341,30 @@ __device__ __forceinline__ void consume_scores(const PairConsumer<kTile, kType>&
   const auto& smem = c.smem;
   const int clear = uniform(c.tile.clear_rows(c.params.problem));
   const uint32_t half = smem.ds(0) + c.rank * Consumer::kPanel;
-  const uint32_t ds_to = transposed_row(half, c.warp, c.lane);
+  const uint32_t ds_to = transposed_row(half, c.warp(), c.lane());
   const uint32_t peer_half = ptx::peer_address(half, 1 - c.rank);
   const uint32_t peer_full = ptx::peer_address(smem.ds_full(), 1 - c.rank);
   float dp[32], dquery[32];
   uint32_t ds[4][4];
   Pair ring;
   uint32_t ds_parity = 0, p_parity = 0;
-  PairPlace at(c.params, c.tile), before = at;
+  PairPlace before(c.params, c.tile);  // of the step before
 
   ptx::mbarrier_wait(smem.value_full(), 0);
   ptx::mbarrier_wait(smem.key_full(), 0);
   // The first step computes a dQ from whatever lies in dS and drops it: without it, in a copy of
   // the step, ptxas finds too few registers and serialises every product (C7512).
 #pragma unroll 1
-  for (int i = 0; i < steps; ++i) {
+  for (bool first = true; steps > 0; --steps, first = false) {
     const uint32_t stage = ring.stage;
-    if constexpr (Consumer::kT.masked) c.clear_queries(ring, at.query_tile, clear);
+    if constexpr (Consumer::kT.masked) {
+      if (first || before.query_tile == c.tile.begin) c.clear_queries(ring, clear);
+    }
     ptx::mbarrier_wait(smem.dout_full(stage), ring.parity);
     ptx::wgmma_fence();
     c.start_scores(dp, smem.value(), smem.dout(stage));
     ptx::wgmma_wait<1>();  // dK of the step before
-    if (i > 0) {
+    if (!first) {
       c.release(smem.query_empty(stage ^ 1));
       ptx::mbarrier_wait(smem.ds_full(), ds_parity);
       ds_parity ^= 1;
@@ -364,13 +375,14 @@ __device__ __forceinline__ void consume_scores(const PairConsumer<kTile, kType>&
     ptx::pin(dp);
     ptx::wgmma_wait<0>();
     ptx::pin(dquery);
-    if (i > 0) {
+    if (!first) {
       c.release(smem.ds_empty());
       c.add_dquery(dquery, before);
+      before.next(c.params, c.tile);
     }
     ptx::mbarrier_wait(smem.p_full(), p_parity);
     p_parity ^= 1;
-    const uint32_t deltas = smem.delta(stage) + c.lane % 4 * 8;
+    const uint32_t deltas = smem.delta(stage) + c.lane() % 4 * 8;
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
       uint32_t words[4];
@@ -392,7 +404,7 @@ __device__ __forceinline__ void consume_scores(const PairConsumer<kTile, kType>&
     }
     ptx::fence_async_shared();
     ptx::barrier_sync(c.own(), 128);
-    if (c.warp == 0 && c.lane == 0) {
+    if (c.thread() == 0) {
       ptx::mbarrier_arrive_expect(smem.ds_full(), Consumer::kPanel);  // the other block's half
       ptx::bulk_copy_to_peer(peer_half, half, Consumer::kPanel, peer_full);
     }
@@ -400,8 +412,6 @@ __device__ __forceinline__ void consume_scores(const PairConsumer<kTile, kType>&
     ptx::wgmma_fence();
     c.start_gradient(dkey, ds, smem.query(stage));
     ring.next();
-    before = at;
-    at.next(c.params, c.tile);
   }
   ptx::mbarrier_wait(smem.ds_full(), ds_parity);
   ptx::wgmma_fence();
@@ -455,7 +465,7 @@ __global__ void __launch_bounds__(kBackwardTiles[kTile].threads(), 1)
   } else {
     ptx::raise_registers<240>();
     const int consumer = group - 1;
-    const PairConsumer<kTile, kType> c{params, smem, tile, rank, consumer, warp, lane};
+    const PairConsumer<kTile, kType> c{params, smem, tile, rank, consumer};
     float gradient[128];  // dV of consumer 0, dK of consumer 1
 #pragma unroll
     for (int i = 0; i < 128; ++i) gradient[i] = 0.0f;

@@ -88,6 +88,16 @@ __device__ __forceinline__ void to_operands(const float (&s)[kRegisters],
   }
 }
 
+// Packs 64 keys x 8 kRegisters / 4 queries as A operands of k16 steps.
+template <DataType kType, int kRegisters>
+__device__ __forceinline__ void pack_all(const float (&s)[kRegisters],
+                                         uint32_t (&a)[kRegisters / 8][4]) {
+#pragma unroll
+  for (int i = 0; i < kRegisters / 2; ++i) {
+    a[i / 4][i % 4] = ptx::pack<kType>(s[2 * i], s[2 * i + 1]);
+  }
+}
+
 // Where a lane's row of a transposed 64 keys x 16 queries store goes: rows are queries, and the
 // 64 keys of a panel are their 128 bytes. The next 16 queries lie 2048 bytes on.
 __device__ __forceinline__ uint32_t transposed_row(uint32_t panel, int warp, int lane) {
