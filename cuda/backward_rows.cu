@@ -1,9 +1,8 @@
 // Before and after the backward's main kernel: backward_rows.h.
 
-#include "backward_rows.h"
-
 #include <cstdint>
 
+#include "backward_rows.h"
 #include "dquery_sums.cuh"
 #include "mask.cuh"
 #include "params.h"
@@ -120,8 +119,8 @@ __global__ void __launch_bounds__(kRowsThreads)
   const RowBlock at(params, gridDim.x - 1 - blockIdx.x);
   const int lane = threadIdx.x % 32, strip = threadIdx.x / 32 % kStrips;
   const int part = threadIdx.x / 32 / kStrips;
-  const uint32_t shared = ptx::shared_address(shared_memory) +
-                          (strip * 16 + lane / 4) * kPitch + lane % 4 * 4;
+  const uint32_t shared =
+      ptx::shared_address(shared_memory) + (strip * 16 + lane / 4) * kPitch + lane % 4 * 4;
   const float* sums = params.dquery_sums + (at.row0w + strip * 16) * p.head_dim;
   float scale = p.scale;
   if (p.scale_operand.data) scale *= p.scale_operand.at(at.batch);
@@ -184,9 +183,8 @@ template <int kHeadDim>
 const void* find(DataType type, bool prepare) {
   const bool bfloat16 = type == DataType::kBFloat16;
   if (prepare) {
-    return bfloat16
-               ? reinterpret_cast<const void*>(&prepare_rows<kHeadDim, DataType::kBFloat16>)
-               : reinterpret_cast<const void*>(&prepare_rows<kHeadDim, DataType::kFloat16>);
+    return bfloat16 ? reinterpret_cast<const void*>(&prepare_rows<kHeadDim, DataType::kBFloat16>)
+                    : reinterpret_cast<const void*>(&prepare_rows<kHeadDim, DataType::kFloat16>);
   }
   return bfloat16 ? reinterpret_cast<const void*>(&finish_rows<kHeadDim, DataType::kBFloat16>)
                   : reinterpret_cast<const void*>(&finish_rows<kHeadDim, DataType::kFloat16>);

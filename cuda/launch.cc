@@ -1,11 +1,12 @@
 // The launch of the forward; with launch_backward.cc, all that talks to the CUDA runtime.
 
+#include "launch.h"
+
 #include <cuda_runtime_api.h>
 
 #include <atomic>
 #include <cstdint>
 
-#include "launch.h"
 #include "params.h"
 #include "plan.h"
 #include "problem.h"

@@ -31,7 +31,9 @@ const void* find_kernel(const BackwardPlan& plan) {
 }
 
 // Where a size is 0 no kernel divides by it.
-Divisor divisor(int64_t size) { return Divisor(static_cast<uint32_t>(std::max<int64_t>(size, 1))); }
+Divisor divisor(int64_t size) {
+  return Divisor(static_cast<uint32_t>(std::max<int64_t>(size, 1)));
+}
 
 }  // namespace
 

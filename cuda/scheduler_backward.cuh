@@ -71,8 +71,8 @@ struct BackwardWork {
     const int tiles = (max(q_length, 0) + kTileQ - 1) / kTileQ;
     const int key_end = min(key0 + kTileKv, visibility.kv_length);
     // Both ends of a row's interval rise with the row.
-    first_q = first_true(
-        0, tiles, [&](int t) { return visibility.row(p, last_row(t)).end > key0; });
+    first_q =
+        first_true(0, tiles, [&](int t) { return visibility.row(p, last_row(t)).end > key0; });
     end_q = first_true(first_q, tiles,
                        [&](int t) { return visibility.row(p, t * kTileQ).begin >= key_end; });
   }

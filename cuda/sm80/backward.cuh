@@ -41,8 +41,7 @@ namespace flash2::sm80 {
 
 // kGeneral: with soft cap, ALiBi or segment ids.
 template <int kTile, DataType kType, bool kGeneral>
-__global__ void __launch_bounds__(256, 1)
-    backward(const __grid_constant__ BackwardParams params) {
+__global__ void __launch_bounds__(256, 1) backward(const __grid_constant__ BackwardParams params) {
   constexpr BackwardTile kT = kBackwardTiles[kTile];
   constexpr int kD = kT.head_dim, kTileQ = kT.tile_q, kTileKv = kT.tile_kv();
   constexpr int kStages = kT.stages, kRoleThreads = 128;
@@ -108,9 +107,8 @@ __global__ void __launch_bounds__(256, 1)
       key_ids = p.key_value_segment_ids.row(work.batch);
       if (!params.turns && work.first_q < work.end_q) {
         const Interval rows = segment_keys<8>(
-            key_ids, query_ids, work.key0,
-            min(work.key0 + kTileKv, work.visibility.kv_length) - 1, work.first_q * kTileQ,
-            min(work.end_q * kTileQ, work.q_length), smem_p);
+            key_ids, query_ids, work.key0, min(work.key0 + kTileKv, work.visibility.kv_length) - 1,
+            work.first_q * kTileQ, min(work.end_q * kTileQ, work.q_length), smem_p);
         work.first_q = max(work.first_q, rows.begin / kTileQ);
         work.end_q = min(work.end_q, (rows.end + kTileQ - 1) / kTileQ);
       }
@@ -200,11 +198,11 @@ __global__ void __launch_bounds__(256, 1)
   // acc += A B over the tile's queries, B the warp's columns of dO or Q.
   const auto accumulate = [&](uint32_t smem_b, auto load_a) {
     const uint32_t l = ptx::opaque(lane);
-    const uint32_t b_address = smem_b + split * (kAccCols / 64) * kPanelQ + swizzle(l % 16, l / 16);
+    const uint32_t b_address =
+        smem_b + split * (kAccCols / 64) * kPanelQ + swizzle(l % 16, l / 16);
     multiply<kType, kM, kAccCols / 16, kTileQ / 16>(
         acc, load_a, [&](int k, int n, uint32_t (&b)[4]) {
-          ptx::load_matrix_x4_transposed(b,
-                                         (b_address ^ n % 4 << 5) + n / 4 * kPanelQ + k * 2048);
+          ptx::load_matrix_x4_transposed(b, (b_address ^ n % 4 << 5) + n / 4 * kPanelQ + k * 2048);
         });
   };
 
@@ -212,8 +210,7 @@ __global__ void __launch_bounds__(256, 1)
   const auto add_dquery = [&](const Step& at) {
     const uint32_t l = ptx::opaque(lane);
     const int row = warp % kQRowGroups * 16 * kQm, column = warp / kQRowGroups * kQCols;
-    const uint32_t a_address =
-        smem_ds + swizzle(l % 8 + l / 16 * 8, row / 8 + l / 8 % 2);
+    const uint32_t a_address = smem_ds + swizzle(l % 8 + l / 16 * 8, row / 8 + l / 8 % 2);
     const uint32_t b_address =
         smem_k + column / 64 * kPanelKv + swizzle(l % 16, column % 64 / 8 + l / 16);
     float dq[kQm][kQCols / 8][4];
@@ -235,8 +232,8 @@ __global__ void __launch_bounds__(256, 1)
     int* turn = nullptr;
     if (params.turns) {  // key tiles take turns, from the first on that this tile needs
       turn = params.turns + workspace_row(at) / 16;
-      const int before = work.key0 / kTileKv -
-                         work.visibility.row(p, at.tile * kTileQ).begin / kTileKv;
+      const int before =
+          work.key0 / kTileKv - work.visibility.row(p, at.tile * kTileQ).begin / kTileKv;
       if (lane == 0) {
         while (ptx::load_acquire(turn) != 8 * before) {
         }
@@ -373,7 +370,8 @@ __global__ void __launch_bounds__(256, 1)
 #pragma unroll
             for (int w = 0; w < 4; ++w) a[m][w] = own[k][m][w];
         });
-      } else {  // half of the queries are another warp's: all come from where they were handed over
+      } else {  // half of the queries are another warp's: all come from where they were handed
+                // over
         ptx::mbarrier_wait(p_full + 8 * key_warp, now.number % 2);
         accumulate(smem_do + now.stage * kQBytes, [&](int k, uint32_t (&a)[kM][4]) {
 #pragma unroll
@@ -415,14 +413,13 @@ __global__ void __launch_bounds__(256, 1)
           for (int w = 0; w < 4; ++w) {
             const float* pair = &x[m][2 * k + w / 2][w % 2 * 2];
             const float2 d = delta[w / 2], prob = ptx::unpack<DataType::kFloat16>(words[w]);
-            const uint32_t ds =
-                ptx::pack<kType>(prob.x * fmaf(pair[0], kProbabilityUnit, -d.x),
-                                 prob.y * fmaf(pair[1], kProbabilityUnit, -d.y));
+            const uint32_t ds = ptx::pack<kType>(prob.x * fmaf(pair[0], kProbabilityUnit, -d.x),
+                                                 prob.y * fmaf(pair[1], kProbabilityUnit, -d.y));
             if constexpr (kSplit == 1) own[k][m][w] = ds;
             const int chunk = split * (kCols / 8) + 2 * k + w / 2;
-            ptx::store_shared(smem_ds + (m * kStride + w % 2 * 8) * 128 + swizzle(row, chunk) +
-                                  lane % 4 * 4,
-                              ds);
+            ptx::store_shared(
+                smem_ds + (m * kStride + w % 2 * 8) * 128 + swizzle(row, chunk) + lane % 4 * 4,
+                ds);
           }
         }
       }
