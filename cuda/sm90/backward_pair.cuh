@@ -153,7 +153,9 @@ struct PairConsumer {
   }
   // x = A B^T over head_dim: S^T or dP^T.
   __device__ __forceinline__ void start_scores(float (&x)[kQ / 2], uint32_t a, uint32_t b) const {
-    const uint64_t from_a = ptx::wgmma_descriptor(a), from_b = ptx::wgmma_descriptor(b);
+    // Made anew in each step: kept, the descriptors of all 16 would fill the uniform registers.
+    const uint64_t from_a = ptx::wgmma_descriptor(ptx::opaque(a));
+    const uint64_t from_b = ptx::wgmma_descriptor(b);
 #pragma unroll
     for (int k = 0; k < kD / 16; ++k) {
       const int at = k / 4 * kPanel + k % 4 * 32;
