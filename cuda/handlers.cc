@@ -28,6 +28,7 @@ struct ForwardAttributes {
   int32_t window_left;
   int32_t window_right;
   int32_t chunk_size;
+  int32_t family;  // of plan_forward
 };
 
 }  // namespace
@@ -40,7 +41,8 @@ XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(flash2::ForwardAttributes,
                                       xla::ffi::StructMember<bool>("is_causal"),
                                       xla::ffi::StructMember<int32_t>("window_left"),
                                       xla::ffi::StructMember<int32_t>("window_right"),
-                                      xla::ffi::StructMember<int32_t>("chunk_size"));
+                                      xla::ffi::StructMember<int32_t>("chunk_size"),
+                                      xla::ffi::StructMember<int32_t>("family"));
 
 namespace flash2 {
 namespace {
@@ -224,8 +226,8 @@ Error decode(AnyBuffer query, AnyBuffer key, AnyBuffer value, AnyBuffer out, Any
   return Error::Success();
 }
 
-// Operands: query, key, value, then what `operands` names. Results: out, lse and, where the plan
-// wants one, a workspace.
+// Operands: query, key, value, then what `operands` names. Results: out, lse and a workspace, of
+// which the plan may want nothing.
 Error forward(cudaStream_t stream, int32_t ordinal, AnyBuffer query, AnyBuffer key,
               AnyBuffer value, ffi::RemainingArgs sides, Result<AnyBuffer> out,
               Result<AnyBuffer> lse, ffi::RemainingRets workspaces,
@@ -236,7 +238,7 @@ Error forward(cudaStream_t stream, int32_t ordinal, AnyBuffer query, AnyBuffer k
 
   Device device;
   FLASH2_CUDA(query_device(ordinal, &device));
-  const ForwardPlan plan = plan_forward(device, problem);
+  const ForwardPlan plan = plan_forward(device, problem, attributes.family);
   FLASH2_CHECK(plan.status == PlanStatus::kOk)
       << describe(plan.status) << " (query " << query << ", key " << key << ", value " << value
       << ", window (" << problem.window_left << ", " << problem.window_right << "), chunk "
@@ -277,6 +279,6 @@ XLA_FFI_DEFINE_HANDLER(kForward, forward,
 
 }  // namespace
 
-const Registration kRegistrations[1] = {{"flash2_forward_v1", kForward}};
+const Registration kRegistrations[1] = {{"flash2_forward_v2", kForward}};
 
 }  // namespace flash2

@@ -1,4 +1,5 @@
-// Which query tile a block computes. The grid lies in x alone, which has room for 2^31 - 1 tiles.
+// From the number of a tile to what it is. Tiles are counted through in x alone, which has room
+// for 2^31 - 1 of them.
 #pragma once
 
 #include <cstdint>
@@ -9,12 +10,12 @@
 
 namespace flash2 {
 
-// The query tile of this block and all that is looked up or derived for it.
+// A query tile and all that is looked up or derived for it. Taken by whole warps.
 //
 // Heads are walked in sections whose keys and values fit the L2 cache together. Inside a section
 // the last tiles of all its heads come first, because under a causal mask they take longest, and
-// the hardware gives the next tile to whichever multiprocessor is free. Without such a mask a
-// section is one head, which keeps the tiles that share keys together.
+// the next tile goes to whichever multiprocessor is free. Without such a mask a section is one
+// head, which keeps the tiles that share keys together.
 template <int kTileQ, int kTileKv>
 struct ForwardWork {
   int batch;
@@ -26,8 +27,8 @@ struct ForwardWork {
   Visibility visibility;
   BlockRange<kTileKv> range;
 
-  __device__ __forceinline__ explicit ForwardWork(const ForwardParams& params)
-      : ForwardWork(params, Place(params)) {}
+  __device__ __forceinline__ ForwardWork(const ForwardParams& params, uint32_t tile)
+      : ForwardWork(params, Place(params, tile)) {}
 
  private:
   struct Place {
@@ -36,10 +37,10 @@ struct ForwardWork {
     int row0;
     int q_length;
 
-    __device__ __forceinline__ explicit Place(const ForwardParams& params) {
+    __device__ __forceinline__ Place(const ForwardParams& params, uint32_t tile) {
       const ForwardProblem& p = params.problem;
-      const uint32_t first = params.section_tiles.divide(blockIdx.x) * params.section.value;
-      const uint32_t rest = blockIdx.x - first * params.tiles_q;
+      const uint32_t first = params.section_tiles.divide(tile) * params.section.value;
+      const uint32_t rest = tile - first * params.tiles_q;
       uint32_t count = params.section.value, from_end = params.section.divide(rest);
       if (count > params.heads - first) {  // the last section is smaller
         count = params.heads - first;
