@@ -34,15 +34,12 @@ struct ForwardAttributes {
 }  // namespace
 }  // namespace flash2
 
-XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(flash2::ForwardAttributes,
-                                      xla::ffi::StructMember<std::string_view>("operands"),
-                                      xla::ffi::StructMember<float>("scale"),
-                                      xla::ffi::StructMember<float>("soft_cap"),
-                                      xla::ffi::StructMember<bool>("is_causal"),
-                                      xla::ffi::StructMember<int32_t>("window_left"),
-                                      xla::ffi::StructMember<int32_t>("window_right"),
-                                      xla::ffi::StructMember<int32_t>("chunk_size"),
-                                      xla::ffi::StructMember<int32_t>("family"));
+XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(
+    flash2::ForwardAttributes, xla::ffi::StructMember<std::string_view>("operands"),
+    xla::ffi::StructMember<float>("scale"), xla::ffi::StructMember<float>("soft_cap"),
+    xla::ffi::StructMember<bool>("is_causal"), xla::ffi::StructMember<int32_t>("window_left"),
+    xla::ffi::StructMember<int32_t>("window_right"), xla::ffi::StructMember<int32_t>("chunk_size"),
+    xla::ffi::StructMember<int32_t>("family"));
 
 namespace flash2 {
 namespace {

@@ -31,7 +31,7 @@ void choose_tile(const ForwardProblem& p, ForwardPlan* plan) {
   const ForwardTile& tile = kForwardTiles[plan->variant];
   plan->tile_q = tile.tile_q();
   plan->tile_kv = tile.tile_kv;
-  plan->stages = 2;
+  plan->stages = tile.stages;
   plan->block = tile.threads();
   plan->smem_bytes = tile.smem_bytes();
 }

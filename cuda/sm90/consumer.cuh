@@ -26,7 +26,6 @@ struct Consumer {
   static constexpr int kD = kT.head_dim, kTileKv = kT.tile_kv;
   static constexpr uint32_t kPanelQ = 64 * 128, kPanelKv = kTileKv * 128;
   using Named = NamedBarriers<kTile>;
-  using TileWork = Work<kTile>;
   using Scores = float[kTileKv / 2];
 
   const ForwardParams& params;
@@ -35,14 +34,18 @@ struct Consumer {
   int consumer;
   int warp;  // of the consumer
   int lane;
-  Ring<2> k_ring, v_ring, tile_ring;
+  Ring<kT.stages> k_ring, v_ring;
+  Ring<2> tile_ring;
   Ring<kT.q_stages> q_ring;
 
   // Of the present tile.
   OnlineSoftmax<2> softmax;
-  float scale, factor;
-  float decay[2];                // what O has yet to be multiplied by
-  bool decayed;                  // whether some row of the warp has to
+  float factor;
+  float decay[2];        // what O has yet to be multiplied by
+  bool decayed;          // whether some row of the warp has to
+  bool pending = false;  // the tile before has yet to be stored
+  Output<kType> output;
+  float norm[2];
   int row_begin[2], row_end[2];  // keys that the thread's rows see
   int warp_begin, warp_end;      // keys that all rows of the warp see
 
@@ -52,19 +55,18 @@ struct Consumer {
     Scores s;
     float o[kD / 2];
     uint32_t probabilities[kTileKv / 16][4];
-    uint32_t tile = take_tile();
-    wait_for_first(tile);
+#pragma unroll
+    for (int i = 0; i < kD / 2; ++i) o[i] = 0.0f;
+    Work work = take_tile();
+    wait_for_first(work);
     ptx::wgmma_fence();
     multiply_qk(s);
+    start_tile(work);
+    ptx::wgmma_wait<0>();
+    ptx::pin(s);
     for (;;) {
-      const TileWork work(params, tile);
-      start_tile(work);
-#pragma unroll
-      for (int i = 0; i < kD / 2; ++i) o[i] = 0.0f;
-      ptx::wgmma_wait<0>();
-      ptx::pin(s);
       if (work.steps == 1) release_q();
-      if (work.masked > 0) mask(s, work.first_key(0));
+      if (work.masked > 0) mask(s, work.first_key<kTileKv>(0));
       exponentiate(s, [&](float sum) { release_k(sum); });
       pack(probabilities, s);
       if constexpr (kT.masked) clear_values_past_length(work);
@@ -72,14 +74,7 @@ struct Consumer {
       // Scores of this step's block, output of the block before.
       const auto step = [&](int n, auto adjust) {
         ptx::mbarrier_wait(smem.k_full(k_ring.stage), k_ring.parity);
-        take_turn();
-        ptx::wgmma_fence();
-        multiply_qk(s);
-        if (kT.rescale_early) rescale(o);
-        ptx::mbarrier_wait(smem.v_full(v_ring.stage), v_ring.parity);
-        ptx::wgmma_fence();
-        multiply_pv(o, probabilities);
-        pass_turn();
+        multiply(s, o, probabilities);
         ptx::wgmma_wait<1>();
         ptx::pin(s);
         if (n + 1 == work.steps) release_q();
@@ -96,7 +91,7 @@ struct Consumer {
       if constexpr (kT.masked) {
 #pragma unroll 1
         for (; n < work.masked; ++n) {
-          const int first_key = work.first_key(n);
+          const int first_key = work.first_key<kTileKv>(n);
           step(n, [&](Scores& scores) { mask(scores, first_key); });
         }
       }
@@ -105,50 +100,40 @@ struct Consumer {
 
       // The next tile's first scores beside this tile's last output. After the last tile they are
       // computed of what is left in shared memory, and nobody reads them.
-      tile = take_tile();
-      wait_for_first(tile);
-      take_turn();
-      ptx::wgmma_fence();
-      multiply_qk(s);
-      if (kT.rescale_early) rescale(o);
-      ptx::mbarrier_wait(smem.v_full(v_ring.stage), v_ring.parity);
-      ptx::wgmma_fence();
-      multiply_pv(o, probabilities);
-      pass_turn();
-      const bool has_sink = p.sinks.data != nullptr;
-      const float sink = has_sink ? p.sinks.at(work.batch, work.head) : 0.0f;
-      const int row = work.row0 + 64 * consumer + 16 * warp + lane / 4;
-      float norm[2], lse[2];
-#pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        norm[r] = softmax.finish(r, row + 8 * r < work.q_length, factor, has_sink, sink, &lse[r]);
-      }
+      const Work next = take_tile();
+      wait_for_first(next);
+      multiply(s, o, probabilities);
+      output = Output<kType>(p, work.batch, work.head, first_row(work));
+      finish(work);
+      start_tile(next);
       ptx::wgmma_wait<0>();
       ptx::pin(o);
       ptx::pin(s);
       release_v();
-      store_lse(p, work.batch, work.head, row, lse);
-      store_rows<kType>(p, work.batch, work.head, row, o, norm);
-      if (tile >= schedule.tiles) break;
+      pending = true;
+      if (!kT.late_store) store(o);
+      if (!next.exists) break;
+      work = next;
     }
+    store(o);
   }
 
  private:
   // --- Barriers
 
-  __device__ __forceinline__ uint32_t take_tile() {
+  __device__ __forceinline__ Work take_tile() {
     ptx::mbarrier_wait(smem.tile_full(tile_ring.stage), tile_ring.parity);
-    const uint32_t tile = ptx::load_shared(smem.tile_number(tile_ring.stage));
+    const Work work = Work::load(smem.tile(tile_ring.stage));
     ptx::mbarrier_arrive(smem.tile_empty(tile_ring.stage));
     tile_ring.next();
-    return __shfl_sync(~0u, tile, 0);
+    return work;
   }
 
-  // Q and the first K of the tile, if it exists.
-  __device__ __forceinline__ void wait_for_first(uint32_t tile) {
-    if (tile >= schedule.tiles) return;
+  // Q and the first K of the tile, if there is one.
+  __device__ __forceinline__ void wait_for_first(const Work& work) {
+    if (!work.exists) return;
     ptx::mbarrier_wait(smem.q_full(q_ring.stage, consumer), q_ring.parity);
-    flip_q(tile);
+    if (work.scale < 0.0f) flip_q();
     ptx::mbarrier_wait(smem.k_full(k_ring.stage), k_ring.parity);
   }
 
@@ -178,6 +163,20 @@ struct Consumer {
 
   // --- Products
 
+  // S = Q K^T of the block to come, O += P V of the block before.
+  __device__ __forceinline__ void multiply(Scores& s, float (&o)[kD / 2],
+                                           const uint32_t (&probabilities)[kTileKv / 16][4]) {
+    take_turn();
+    ptx::wgmma_fence();
+    multiply_qk(s);
+    if (kT.late_store) store(o);
+    if (kT.rescale_early) rescale(o);
+    ptx::mbarrier_wait(smem.v_full(v_ring.stage), v_ring.parity);
+    ptx::wgmma_fence();
+    multiply_pv(o, probabilities);
+    pass_turn();
+  }
+
   __device__ __forceinline__ void multiply_qk(Scores& s) {
     // Changes with every step as far as the compiler knows: else it would compute the descriptors
     // of all products of Q before the loop and, short of uniform registers, fetch each from a
@@ -206,25 +205,47 @@ struct Consumer {
 
   // --- Softmax
 
-  __device__ __forceinline__ void start_tile(const TileWork& work) {
-    const ForwardProblem& p = params.problem;
+  // The first of the thread's rows.
+  __device__ __forceinline__ int first_row(const Work& work) const {
+    return work.row0 + 64 * consumer + 16 * warp + lane / 4;
+  }
+
+  __device__ __forceinline__ void start_tile(const Work& work) {
     softmax = OnlineSoftmax<2>();
-    scale = tile_scale(work.batch);
-    factor = score_factor(scale);
+    factor = score_factor(work.scale);
     if constexpr (kT.masked) {
-      const Visibility visibility(p, work.batch);
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        const Interval keys =
-            visibility.row(p, work.row0 + 64 * consumer + 16 * warp + 8 * r + lane / 4);
+        const Interval keys = work.visibility.row(params.problem, first_row(work) + 8 * r);
         row_begin[r] = keys.begin;
         row_end[r] = keys.end;
       }
       warp_begin = __shfl_sync(~0u, row_begin[1], 31);  // both ends rise with the row
       warp_end = __shfl_sync(~0u, row_end[0], 0);
     } else {
-      row_end[0] = row_end[1] = warp_end = p.seq_kv;
+      row_end[0] = row_end[1] = warp_end = params.problem.seq_kv;
     }
+  }
+
+  __device__ __forceinline__ void store(float (&o)[kD / 2]) {
+    if (!pending) return;
+    output.store(params.problem, o, norm);
+#pragma unroll
+    for (int i = 0; i < kD / 2; ++i) o[i] = 0.0f;
+    pending = false;
+  }
+
+  __device__ __forceinline__ void finish(const Work& work) {
+    const ForwardProblem& p = params.problem;
+    const bool has_sink = p.sinks.data != nullptr;
+    const float sink = has_sink ? p.sinks.at(work.batch, work.head) : 0.0f;
+    float lse[2];
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const bool visible = first_row(work) + 8 * r < work.q_length;
+      norm[r] = softmax.finish(r, visible, factor, has_sink, sink, &lse[r]);
+    }
+    output.store_lse(p, lse);
   }
 
   __device__ __forceinline__ void mask(Scores& s, int first_key) {
@@ -299,17 +320,8 @@ struct Consumer {
 
   // --- Corrections in shared memory, which few calls need
 
-  __device__ __forceinline__ float tile_scale(int batch) const {
-    const ForwardProblem& p = params.problem;
-    return p.scale_operand.data ? p.scale * p.scale_operand.at(batch) : p.scale;
-  }
-
   // The softmax wants a positive factor: under a negative scale the consumer flips its Q's sign.
-  __device__ __forceinline__ void flip_q(uint32_t tile) {
-    const ForwardProblem& p = params.problem;
-    if (p.scale >= 0.0f && p.scale_operand.data == nullptr) return;
-    const TileWork work(params, tile);
-    if (tile_scale(work.batch) >= 0.0f) return;
+  __device__ __forceinline__ void flip_q() {
     const uint32_t rows = smem.q(q_ring.stage, consumer);
     for (int i = 32 * warp + lane; i < kT.q_bytes() / 4; i += 128) {
       ptx::store_shared(rows + 4 * i, ptx::load_shared(rows + 4 * i) ^ 0x80008000u);
@@ -320,9 +332,10 @@ struct Consumer {
 
   // Keys past kv_length are masked, but their V is multiplied by 0, and it may hold NaN. Only the
   // first block of a tile can hold such keys; past the array TMA itself gives zeros.
-  __device__ __forceinline__ void clear_values_past_length(const TileWork& work) {
-    const int first = work.kv_length - work.first_key(0);
-    if (work.kv_length == params.problem.seq_kv || first <= 0 || first >= kTileKv) return;
+  __device__ __forceinline__ void clear_values_past_length(const Work& work) {
+    const int length = work.visibility.kv_length;
+    const int first = length - work.first_key<kTileKv>(0);
+    if (length == params.problem.seq_kv || first <= 0 || first >= kTileKv) return;
     ptx::mbarrier_wait(smem.v_full(v_ring.stage), v_ring.parity);
     for (int i = 8 * first + 128 * consumer + 32 * warp + lane; i < 8 * kTileKv;
          i += 128 * kT.consumers) {

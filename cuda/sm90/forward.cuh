@@ -6,11 +6,13 @@
 
 #include "problem.h"
 #include "ptx/common.cuh"
+#include "ptx/tma.cuh"
 #include "ptx/warpgroup.cuh"
 #include "sm90/consumer.cuh"
 #include "sm90/kernels.h"
 #include "sm90/producer.cuh"
 #include "sm90/shared_memory.cuh"
+#include "sm90/tile_order.cuh"
 #include "sm90/tiles.h"
 
 namespace flash2::sm90 {
@@ -26,11 +28,21 @@ __global__ void __launch_bounds__(kForwardTiles[kTile].threads(), 1)
   // and each product would wait for its way into uniform registers.
   const int group = __shfl_sync(~0u, threadIdx.x / 128, 0);
   const int warp = __shfl_sync(~0u, threadIdx.x / 32 % 4, 0), lane = threadIdx.x % 32;
-  if (threadIdx.x == 0) smem.init_barriers();
+  const Scheduler<kTile> scheduler{params, schedule, smem, lane == 0};
+  if (group == 0) {
+    if (warp == 1) scheduler.write_first();
+    if (threadIdx.x == 0) {
+      smem.init_barriers();
+      ptx::prefetch_tensor_map(&maps.query);
+      ptx::prefetch_tensor_map(&maps.key);
+      ptx::prefetch_tensor_map(&maps.value);
+    }
+  }
   __syncthreads();
   if (group == 0) {
     ptx::lower_registers<kT.producer_registers()>();
-    if (warp == 0) Producer<kTile>{maps, params, schedule, smem, lane == 0}.run();
+    if (warp == 0) Producer<kTile>{maps, params, smem, lane == 0}.run();
+    if (warp == 1) scheduler.run();
   } else {
     ptx::raise_registers<kT.consumer_registers()>();
     Consumer<kTile, kType>{params, schedule, smem, group - 1, warp, lane}.run();

@@ -5,7 +5,6 @@
 
 #include "ptx/mbarrier.cuh"
 #include "ptx/tma.cuh"
-#include "sm90/counter.cuh"
 #include "sm90/kernels.h"
 #include "sm90/shared_memory.cuh"
 #include "sm90/work.cuh"
@@ -18,53 +17,32 @@ template <int kTile>
 struct Producer {
   static constexpr ForwardTile kT = kForwardTiles[kTile];
   static constexpr int kPanels = kT.head_dim / 64;
-  using TileWork = Work<kTile>;
 
   const ForwardMaps& maps;
   const ForwardParams& params;
-  const ForwardSchedule& schedule;
   SharedMemory<kTile> smem;
   bool leader;
   uint64_t keep, pass;  // policies of the L2 cache: K and V are read again, Q is not
-  Ring<2> k_ring, v_ring, tile_ring;
+  Ring<kT.stages> k_ring, v_ring;
+  Ring<2> tile_ring;
   Ring<kT.q_stages> q_ring;
 
   __device__ __forceinline__ void run() {
-    if (leader) {
-      ptx::prefetch_tensor_map(&maps.query);
-      ptx::prefetch_tensor_map(&maps.key);
-      ptx::prefetch_tensor_map(&maps.value);
-    }
     keep = ptx::policy_evict_last();
     pass = ptx::policy_evict_first();
-    uint32_t tile = blockIdx.x;
-    TileWork work(params, tile);
+    Work work = take_tile();
     load_k(work, 0);
     load_q(work);
-    publish(tile);
-    bool joined = false;
     for (;;) {
+      if (work.steps <= kLead) want_next();
 #pragma unroll 1
       for (int step = 1; step < work.steps; ++step) {
+        if (step == work.steps - kLead) want_next();
         load_k(work, step);
         load_v(work, step - 1);
       }
-      // Taken as late as possible, when the consumers are one or two blocks from the tile's end:
-      // a tile taken earlier is bound to this block however long the present one takes, which
-      // undoes the order by length.
-      if (schedule.next == nullptr) {
-        tile += gridDim.x;
-      } else {
-        if (leader) {
-          if (!joined) schedule.next->join(schedule.key);
-          tile = gridDim.x + schedule.next->take(schedule.tiles);
-        }
-        tile = __shfl_sync(~0u, tile, 0);
-        joined = true;
-      }
-      publish(tile);
-      if (tile >= schedule.tiles) break;
-      const TileWork next(params, tile);
+      const Work next = take_tile();
+      if (!next.exists) break;
       if (kT.q_stages == 2) load_q(next);
       load_k(next, 0);
       load_v(work, work.steps - 1);
@@ -75,16 +53,24 @@ struct Producer {
   }
 
  private:
-  __device__ __forceinline__ void publish(uint32_t tile) {
-    ptx::mbarrier_wait(smem.tile_empty(tile_ring.stage), tile_ring.parity ^ 1);
-    if (leader) {
-      ptx::store_shared(smem.tile_number(tile_ring.stage), tile);
-      ptx::mbarrier_arrive(smem.tile_full(tile_ring.stage));
-    }
-    tile_ring.next();
+  // The next tile is asked for so many steps before the end of this one: later, and the consumers
+  // would wait for it; earlier, and it would be bound to this block however long the present one
+  // takes, which undoes the order by length.
+  static constexpr int kLead = 3;
+
+  __device__ __forceinline__ void want_next() {
+    if (leader) ptx::mbarrier_arrive(smem.tile_wanted());
   }
 
-  __device__ __forceinline__ void load_q(const TileWork& work) {
+  __device__ __forceinline__ Work take_tile() {
+    ptx::mbarrier_wait(smem.tile_full(tile_ring.stage), tile_ring.parity);
+    const Work work = Work::load(smem.tile(tile_ring.stage));
+    ptx::mbarrier_arrive(smem.tile_empty(tile_ring.stage));
+    tile_ring.next();
+    return work;
+  }
+
+  __device__ __forceinline__ void load_q(const Work& work) {
     const int batch = params.problem.query_stride.batch == 0 ? 0 : work.batch;
     for (int c = 0; c < kT.consumers; ++c) {
       const uint32_t full = smem.q_full(q_ring.stage, c);
@@ -100,13 +86,13 @@ struct Producer {
     q_ring.next();
   }
 
-  __device__ __forceinline__ void load_k(const TileWork& work, int step) {
+  __device__ __forceinline__ void load_k(const Work& work, int step) {
     load_kv(maps.key, smem.k(k_ring.stage), smem.k_full(k_ring.stage), smem.k_empty(k_ring.stage),
             k_ring.parity, work, step, params.problem.key_stride.batch);
     k_ring.next();
   }
 
-  __device__ __forceinline__ void load_v(const TileWork& work, int step) {
+  __device__ __forceinline__ void load_v(const Work& work, int step) {
     load_kv(maps.value, smem.v(v_ring.stage), smem.v_full(v_ring.stage),
             smem.v_empty(v_ring.stage), v_ring.parity, work, step,
             params.problem.value_stride.batch);
@@ -114,7 +100,7 @@ struct Producer {
   }
 
   __device__ __forceinline__ void load_kv(const CUtensorMap& map, uint32_t target, uint32_t full,
-                                          uint32_t empty, uint32_t parity, const TileWork& work,
+                                          uint32_t empty, uint32_t parity, const Work& work,
                                           int step, int64_t batch_stride) {
     const int batch = batch_stride == 0 ? 0 : work.batch;
     ptx::mbarrier_wait(empty, parity ^ 1);
@@ -123,7 +109,7 @@ struct Producer {
 #pragma unroll
       for (int panel = 0; panel < kPanels; ++panel) {
         ptx::tma_load(target + panel * kT.tile_kv * 128, &map, full, panel * 64,
-                      work.first_key(step), work.head_kv, batch, keep);
+                      work.first_key<kT.tile_kv>(step), work.head_kv, batch, keep);
       }
     }
   }

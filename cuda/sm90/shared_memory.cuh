@@ -1,7 +1,7 @@
 // Where things lie in the shared memory of a forward block, and the barriers by name.
 //
 // Q, K and V are panels of 64 columns as TMA writes and wgmma reads them (ptx/wgmma.cuh). Each
-// consumer has Q rows of its own. K and V have two stages each.
+// consumer has Q rows of its own.
 #pragma once
 
 #include <cstdint>
@@ -9,6 +9,7 @@
 #include "ptx/common.cuh"
 #include "ptx/mbarrier.cuh"
 #include "sm90/tiles.h"
+#include "sm90/work.cuh"
 
 namespace flash2::sm90 {
 
@@ -19,7 +20,7 @@ struct Ring {
   uint32_t parity = 0;
 
   __device__ __forceinline__ void next() {
-    stage = kStages == 1 ? 0 : stage ^ 1;
+    stage = stage + 1 == kStages ? 0 : stage + 1;
     parity ^= stage == 0;
   }
 };
@@ -27,7 +28,10 @@ struct Ring {
 template <int kTile>
 struct SharedMemory {
   static constexpr ForwardTile kT = kForwardTiles[kTile];
-  static constexpr int kStages = 2, kConsumerThreads = 128 * kT.consumers;
+  static constexpr int kStages = kT.stages, kConsumerThreads = 128 * kT.consumers;
+  // Barriers by number, `full` before `empty`.
+  static constexpr int kK = 0, kV = 2 * kStages, kTileRing = 4 * kStages, kQ = kTileRing + 5;
+  static_assert(8 * (kQ + 2 * kT.q_stages * kT.consumers) + 2 * Work::kBytes <= kT.state_bytes());
   uint32_t base;
 
   __device__ __forceinline__ uint32_t q(uint32_t stage, int consumer) const {
@@ -41,25 +45,31 @@ struct SharedMemory {
   }
 
   // `full`: what TMA brings has landed. `empty`: all readers are done, so TMA may write again.
-  __device__ __forceinline__ uint32_t k_full(uint32_t stage) const { return barrier(stage); }
-  __device__ __forceinline__ uint32_t k_empty(uint32_t stage) const { return barrier(2 + stage); }
-  __device__ __forceinline__ uint32_t v_full(uint32_t stage) const { return barrier(4 + stage); }
-  __device__ __forceinline__ uint32_t v_empty(uint32_t stage) const { return barrier(6 + stage); }
-  // Of the number of the next tile, which the producer writes.
+  __device__ __forceinline__ uint32_t k_full(uint32_t stage) const { return barrier(kK + stage); }
+  __device__ __forceinline__ uint32_t k_empty(uint32_t stage) const {
+    return barrier(kK + kStages + stage);
+  }
+  __device__ __forceinline__ uint32_t v_full(uint32_t stage) const { return barrier(kV + stage); }
+  __device__ __forceinline__ uint32_t v_empty(uint32_t stage) const {
+    return barrier(kV + kStages + stage);
+  }
+  // Of the record of a tile, which the scheduler writes.
   __device__ __forceinline__ uint32_t tile_full(uint32_t stage) const {
-    return barrier(8 + stage);
+    return barrier(kTileRing + stage);
   }
   __device__ __forceinline__ uint32_t tile_empty(uint32_t stage) const {
-    return barrier(10 + stage);
+    return barrier(kTileRing + 2 + stage);
   }
+  // The producer nears the end of its tile.
+  __device__ __forceinline__ uint32_t tile_wanted() const { return barrier(kTileRing + 4); }
   __device__ __forceinline__ uint32_t q_full(uint32_t stage, int consumer) const {
-    return barrier(12 + stage * kT.consumers + consumer);
+    return barrier(kQ + stage * kT.consumers + consumer);
   }
   __device__ __forceinline__ uint32_t q_empty(uint32_t stage, int consumer) const {
-    return barrier(12 + (kT.q_stages + stage) * kT.consumers + consumer);
+    return barrier(kQ + (kT.q_stages + stage) * kT.consumers + consumer);
   }
-  __device__ __forceinline__ uint32_t tile_number(uint32_t stage) const {
-    return barrier(12 + 2 * kT.q_stages * kT.consumers) + 4 * stage;
+  __device__ __forceinline__ uint32_t tile(uint32_t stage) const {
+    return base + kT.smem_bytes() - (2 - stage) * Work::kBytes;
   }
 
   __device__ __forceinline__ void init_barriers() const {
@@ -68,9 +78,12 @@ struct SharedMemory {
       ptx::mbarrier_init(k_empty(stage), 4 * kT.consumers);  // one arrival per warp
       ptx::mbarrier_init(v_full(stage), 1);
       ptx::mbarrier_init(v_empty(stage), 4 * kT.consumers);
-      ptx::mbarrier_init(tile_full(stage), 1);
-      ptx::mbarrier_init(tile_empty(stage), kConsumerThreads);
     }
+    for (uint32_t stage = 0; stage < 2; ++stage) {
+      ptx::mbarrier_init(tile_full(stage), 1);
+      ptx::mbarrier_init(tile_empty(stage), kConsumerThreads + 32);
+    }
+    ptx::mbarrier_init(tile_wanted(), 1);
     for (uint32_t stage = 0; stage < kT.q_stages; ++stage) {
       for (int consumer = 0; consumer < kT.consumers; ++consumer) {
         ptx::mbarrier_init(q_full(stage, consumer), 1);
@@ -82,7 +95,7 @@ struct SharedMemory {
 
  private:
   __device__ __forceinline__ uint32_t barrier(uint32_t number) const {
-    return base + kT.smem_bytes() - kT.barrier_bytes() + 8 * number;
+    return base + kT.smem_bytes() - kT.state_bytes() + 8 * number;
   }
 };
 

@@ -166,7 +166,8 @@ CASE(a_row_is_summed_alike_alone_and_in_a_batch) {
   for (int head_dim : {64, 128, 256}) {
     for (int seq : {1, 128, 300, 512, 1024, 4096, 16384}) {
       for (bool causal : {false, true}) {
-        ForwardProblem one = problem(head_dim, seq, seq, 1), many = problem(head_dim, seq, seq, 64);
+        ForwardProblem one = problem(head_dim, seq, seq, 1),
+                       many = problem(head_dim, seq, seq, 64);
         one.is_causal = many.is_causal = causal;
         const ForwardPlan a = plan_forward(kH100, one), b = plan_forward(kH100, many);
         CHECK(a.variant == b.variant, show(kH100, one));
