@@ -1,4 +1,4 @@
-// The only host file that talks to the CUDA runtime.
+// The launch of the forward; with launch_backward.cc, all that talks to the CUDA runtime.
 
 #include "launch.h"
 
@@ -30,21 +30,6 @@ const void* find_kernel(const ForwardPlan& plan) {
 }
 
 }  // namespace
-
-int allow_smem(const void* kernel, int bit, uint32_t bytes, SmemAllowed& allowed) {
-  int device = 0;
-  if (const cudaError_t error = cudaGetDevice(&device); error != cudaSuccess) return error;
-  const uint64_t mask = uint64_t{1} << bit;
-  if (device < kMaxDevices && (allowed[device].load(std::memory_order_relaxed) & mask)) {
-    return cudaSuccess;
-  }
-  const cudaError_t error = cudaFuncSetAttribute(
-      kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
-  if (error == cudaSuccess && device < kMaxDevices) {
-    allowed[device].fetch_or(mask, std::memory_order_relaxed);
-  }
-  return error;
-}
 
 int query_device(int ordinal, Device* device) {
   // A device's facts do not change; each word of the cache is written with the same value by all.
@@ -88,8 +73,11 @@ int launch_forward(const ForwardProblem& problem, const ForwardPlan& plan, void*
   if (kernel == nullptr) return cudaErrorInvalidDeviceFunction;
   static_assert(4 * sm80::kForwardTileCount <= 64);
   const int bit = 4 * plan.variant + 2 * bfloat16 + plan.general;
-  static SmemAllowed allowed;
-  if (const int error = allow_smem(kernel, bit, plan.smem_bytes, allowed)) return error;
+  static SmemAllowance allowance;
+  if (const cudaError_t error = allowance.ask(kernel, bit, plan.smem_bytes);
+      error != cudaSuccess) {
+    return error;
+  }
   ForwardParams params = make_params(problem, plan);
   void* arguments[] = {&params};
   return cudaLaunchKernel(kernel, dim3(plan.grid), dim3(plan.block), arguments, plan.smem_bytes,

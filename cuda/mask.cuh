@@ -28,7 +28,7 @@ struct Visibility {
   int kv_length;
 
   Visibility() = default;
-  __device__ __forceinline__ Visibility(const ForwardProblem& p, int batch) {
+  __device__ __forceinline__ Visibility(const Problem& p, int batch) {
     int64_t position = p.query_offset;
     if (p.query_offset_operand.data) position += p.query_offset_operand.at(batch);
     constexpr int64_t kMax = kMaxPosition;
@@ -41,7 +41,7 @@ struct Visibility {
   }
 
   // The keys that query row `row` sees; empty where end <= begin.
-  __device__ __forceinline__ Interval row(const ForwardProblem& p, int row) const {
+  __device__ __forceinline__ Interval row(const Problem& p, int row) const {
     const int i = row + offset;
     Interval keys{0, kv_length};
     if (p.window_left != kUnbounded) keys.begin = max(0, i - p.window_left);
@@ -68,8 +68,8 @@ struct BlockRange {
   int whole_top;  // one past the uppermost whole block
   int whole_bottom;
 
-  __device__ __forceinline__ BlockRange(const ForwardProblem& p, const Visibility& visibility,
-                                        int first, int last) {
+  __device__ __forceinline__ BlockRange(const Problem& p, const Visibility& visibility, int first,
+                                        int last) {
     const Interval a = visibility.row(p, first), b = visibility.row(p, last);
     const int bottom = a.begin / kTileKv;
     top = (max(b.end, 0) + kTileKv - 1) / kTileKv;

@@ -1,4 +1,4 @@
-// What a forward kernel receives: the problem, and what the plan adds to it.
+// What the kernels receive: the problem, and what the plan adds to it.
 #pragma once
 
 #include <cstdint>
@@ -50,5 +50,23 @@ inline ForwardParams make_params(const ForwardProblem& problem, const ForwardPla
           Divisor(problem.heads_q),
           Divisor(problem.heads_q / problem.heads_kv)};
 }
+
+struct BackwardParams {
+  BackwardProblem problem;
+  // The workspace: BackwardWorkspace has the shapes.
+  float* dquery_sums;
+  float* lse2;
+  float* delta;
+  int32_t* turns;  // null unless deterministic
+  int32_t* ticket;
+  uint32_t rows_per_head;
+  uint32_t tiles_kv;  // tiles per key head
+  uint32_t heads;     // batch * heads_kv
+  Divisor section;
+  Divisor section_tiles;
+  Divisor heads_kv;
+  Divisor row_blocks;  // kRowPadding rows each, per query head
+  Divisor heads_q;
+};
 
 }  // namespace flash2

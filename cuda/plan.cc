@@ -22,38 +22,6 @@ constexpr int64_t kSectionBytes = int64_t{32} << 20;
 bool is_head_dim(int32_t d) { return d >= 8 && d <= 256 && d % 8 == 0; }
 bool is_position(int64_t x) { return x >= -kMaxPosition && x <= kMaxPosition; }
 
-bool is_aligned(const void* pointer, const Strides& stride, int64_t batch, int64_t rows,
-                int64_t heads) {
-  const auto odd = [](int64_t s, int64_t size) { return size > 1 && s % 8 != 0; };
-  return reinterpret_cast<uintptr_t>(pointer) % 16 == 0 && !odd(stride.batch, batch) &&
-         !odd(stride.row, rows) && !odd(stride.head, heads);
-}
-
-PlanStatus check(const Device& device, const ForwardProblem& p) {
-  if (device.compute_capability < 80) return PlanStatus::kDeviceTooOld;
-  if (std::min({p.batch, p.heads_q, p.heads_kv, p.seq_q, p.seq_kv, p.chunk_size}) < 0 ||
-      p.soft_cap < 0.0f) {
-    return PlanStatus::kNegativeArgument;
-  }
-  if (std::min(p.window_left, p.window_right) < kUnbounded) return PlanStatus::kNegativeArgument;
-  if (!is_head_dim(p.head_dim) || !is_head_dim(p.head_dim_v)) return PlanStatus::kHeadDim;
-  if (p.heads_q > 0 && (p.heads_kv == 0 || p.heads_q % p.heads_kv != 0)) return PlanStatus::kHeads;
-  for (int32_t x :
-       {p.seq_q, p.seq_kv, p.query_offset, p.window_left, p.window_right, p.chunk_size}) {
-    if (!is_position(x)) return PlanStatus::kTooLong;
-  }
-  if ((p.query_segment_ids.data == nullptr) != (p.key_value_segment_ids.data == nullptr)) {
-    return PlanStatus::kSegmentIds;
-  }
-  if (!is_aligned(p.query, p.query_stride, p.batch, p.seq_q, p.heads_q) ||
-      !is_aligned(p.key, p.key_stride, p.batch, p.seq_kv, p.heads_kv) ||
-      !is_aligned(p.value, p.value_stride, p.batch, p.seq_kv, p.heads_kv) ||
-      !is_aligned(p.out, p.out_stride, p.batch, p.seq_q, p.heads_q)) {
-    return PlanStatus::kAlignment;
-  }
-  return PlanStatus::kOk;
-}
-
 // The first tile of the bucket that fits as often as it was made for, else the last that fits.
 int choose_tile(const Device& device, int bucket) {
   int chosen = -1;
@@ -83,6 +51,37 @@ void choose_sm80_tile(const Device& device, const ForwardProblem& p, ForwardPlan
 
 }  // namespace
 
+bool is_aligned(const void* pointer, const Strides& stride, int64_t batch, int64_t rows,
+                int64_t heads) {
+  const auto odd = [](int64_t s, int64_t size) { return size > 1 && s % 8 != 0; };
+  return reinterpret_cast<uintptr_t>(pointer) % 16 == 0 && !odd(stride.batch, batch) &&
+         !odd(stride.row, rows) && !odd(stride.head, heads);
+}
+
+PlanStatus check_problem(const Device& device, const Problem& p) {
+  if (device.compute_capability < 80) return PlanStatus::kDeviceTooOld;
+  if (std::min({p.batch, p.heads_q, p.heads_kv, p.seq_q, p.seq_kv, p.chunk_size}) < 0 ||
+      p.soft_cap < 0.0f) {
+    return PlanStatus::kNegativeArgument;
+  }
+  if (std::min(p.window_left, p.window_right) < kUnbounded) return PlanStatus::kNegativeArgument;
+  if (!is_head_dim(p.head_dim) || !is_head_dim(p.head_dim_v)) return PlanStatus::kHeadDim;
+  if (p.heads_q > 0 && (p.heads_kv == 0 || p.heads_q % p.heads_kv != 0)) return PlanStatus::kHeads;
+  for (int32_t x :
+       {p.seq_q, p.seq_kv, p.query_offset, p.window_left, p.window_right, p.chunk_size}) {
+    if (!is_position(x)) return PlanStatus::kTooLong;
+  }
+  if ((p.query_segment_ids.data == nullptr) != (p.key_value_segment_ids.data == nullptr)) {
+    return PlanStatus::kSegmentIds;
+  }
+  if (!is_aligned(p.query, p.query_stride, p.batch, p.seq_q, p.heads_q) ||
+      !is_aligned(p.key, p.key_stride, p.batch, p.seq_kv, p.heads_kv) ||
+      !is_aligned(p.value, p.value_stride, p.batch, p.seq_kv, p.heads_kv)) {
+    return PlanStatus::kAlignment;
+  }
+  return PlanStatus::kOk;
+}
+
 const char* describe(PlanStatus status) {
   switch (status) {
     case PlanStatus::kOk:
@@ -110,7 +109,11 @@ const char* describe(PlanStatus status) {
 
 ForwardPlan plan_forward(const Device& device, const ForwardProblem& p, int32_t family) {
   ForwardPlan plan;
-  plan.status = check(device, p);
+  plan.status = check_problem(device, p);
+  if (plan.status == PlanStatus::kOk &&
+      !is_aligned(p.out, p.out_stride, p.batch, p.seq_q, p.heads_q)) {
+    plan.status = PlanStatus::kAlignment;
+  }
   if (plan.status != PlanStatus::kOk) return plan;
 
   const int32_t widest = std::max(p.head_dim, p.head_dim_v);

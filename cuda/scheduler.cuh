@@ -10,6 +10,26 @@
 
 namespace flash2 {
 
+// Tile number `index` in an order that walks heads in sections and, inside a section, takes one
+// tile of each of its heads in turn.
+struct SectionPlace {
+  uint32_t head;
+  uint32_t turn;  // tiles of this head that come before
+
+  __device__ __forceinline__ SectionPlace(uint32_t index, uint32_t tiles, uint32_t heads,
+                                          const Divisor& section, const Divisor& section_tiles) {
+    const uint32_t first = section_tiles.divide(index) * section.value;
+    const uint32_t rest = index - first * tiles;
+    uint32_t count = section.value;
+    turn = section.divide(rest);
+    if (count > heads - first) {  // the last section is smaller
+      count = heads - first;
+      turn = rest / count;
+    }
+    head = first + rest - turn * count;
+  }
+};
+
 // A query tile and all that is looked up or derived for it. Taken by whole warps.
 //
 // Heads are walked in sections whose keys and values fit the L2 cache together. Inside a section
@@ -39,17 +59,11 @@ struct ForwardWork {
 
     __device__ __forceinline__ Place(const ForwardParams& params, uint32_t tile) {
       const ForwardProblem& p = params.problem;
-      const uint32_t first = params.section_tiles.divide(tile) * params.section.value;
-      const uint32_t rest = tile - first * params.tiles_q;
-      uint32_t count = params.section.value, from_end = params.section.divide(rest);
-      if (count > params.heads - first) {  // the last section is smaller
-        count = params.heads - first;
-        from_end = rest / count;
-      }
-      const uint32_t head_of_all = first + rest - from_end * count;
-      batch = params.heads_q.divide(head_of_all);
-      head = head_of_all - batch * p.heads_q;
-      row0 = static_cast<int>(params.tiles_q - 1 - from_end) * kTileQ;
+      const SectionPlace at(tile, params.tiles_q, params.heads, params.section,
+                            params.section_tiles);
+      batch = params.heads_q.divide(at.head);
+      head = at.head - batch * p.heads_q;
+      row0 = static_cast<int>(params.tiles_q - 1 - at.turn) * kTileQ;
       q_length = p.seq_q;
       if (p.query_seq_lengths.data) q_length = min(q_length, p.query_seq_lengths.at(batch));
     }

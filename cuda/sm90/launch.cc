@@ -58,10 +58,10 @@ int launch_forward(const ForwardProblem& problem, const ForwardPlan& plan, void*
   const void* kernel =
       bfloat16 ? find_kernel<DataType::kBFloat16>(plan) : find_kernel<DataType::kFloat16>(plan);
   if (kernel == nullptr) return cudaErrorInvalidDeviceFunction;
-  static SmemAllowed allowed;
+  static SmemAllowance allowance;
   static_assert(2 * kForwardTileCount <= 64);
   const int bit = 2 * plan.variant + bfloat16;
-  if (int error = allow_smem(kernel, bit, plan.smem_bytes, allowed)) return error;
+  if (int error = allowance.ask(kernel, bit, plan.smem_bytes)) return error;
 
   ForwardMaps maps;
   if (int error = encode_maps(problem, kForwardTiles[plan.variant], &maps)) return error;

@@ -1,5 +1,6 @@
-// Launches every kernel on small problems without XLA, for compute-sanitizer: exact allocations,
-// outputs full of NaN before, and every element of them written after.
+// Launches every kernel, forward and backward, on small problems without XLA, for
+// compute-sanitizer: exact allocations, outputs full of NaN before, and every element of them
+// written after.
 //
 //   launch_test                 all problems; prints their number
 //   launch_test --plant TOOL    a kernel with the fault that memcheck, racecheck or synccheck must
@@ -84,76 +85,126 @@ struct Shape {
 
 struct Setting {
   const char* name;
-  void (*set)(ForwardProblem&);
+  void (*set)(Problem&);
   bool lengths, segments, slopes;
 };
 
 constexpr int kBatch = 2, kHeads = 4;
 
 const Setting kSettings[] = {
-    {"plain", [](ForwardProblem&) {}, false, false, false},
-    {"causal", [](ForwardProblem& p) { p.is_causal = true; }, false, false, false},
-    {"causal offset",
-     [](ForwardProblem& p) { p.is_causal = true, p.query_offset = p.seq_kv - p.seq_q; }, false,
-     false, false},
-    {"window", [](ForwardProblem& p) { p.window_left = 40, p.window_right = 9; }, false, false,
-     false},
-    {"chunk", [](ForwardProblem& p) { p.chunk_size = 48; }, false, false, false},
-    {"lengths", [](ForwardProblem& p) { p.is_causal = true; }, true, false, false},
-    {"segments", [](ForwardProblem&) {}, false, true, false},
-    {"general", [](ForwardProblem& p) { p.is_causal = true, p.soft_cap = 5.0f; }, true, true,
-     true},
+    {"plain", [](Problem&) {}, false, false, false},
+    {"causal", [](Problem& p) { p.is_causal = true; }, false, false, false},
+    {"causal offset", [](Problem& p) { p.is_causal = true, p.query_offset = p.seq_kv - p.seq_q; },
+     false, false, false},
+    {"window", [](Problem& p) { p.window_left = 40, p.window_right = 9; }, false, false, false},
+    {"chunk", [](Problem& p) { p.chunk_size = 48; }, false, false, false},
+    {"lengths", [](Problem& p) { p.is_causal = true; }, true, false, false},
+    {"segments", [](Problem&) {}, false, true, false},
+    {"general", [](Problem& p) { p.is_causal = true, p.soft_cap = 5.0f; }, true, true, true},
 };
 
-void run(const Device& device, DataType type, int head_dim, Shape shape, const Setting& setting) {
-  const size_t rows = size_t{kBatch} * shape.seq_q * kHeads;
-  const size_t keys = size_t{kBatch} * shape.seq_kv * shape.heads_kv;
-  const Array<uint16_t> q(numbers(rows * head_dim, type)), k(numbers(keys * head_dim, type)),
-      v(numbers(keys * head_dim, type)), out(std::vector<uint16_t>(rows * head_dim, 0xffff));
-  const Array<float> lse(std::vector<float>(rows, NAN)),
-      per_head(std::vector<float>(kHeads, 0.25f));
-  const Array<int32_t> q_lengths({shape.seq_q / 2, shape.seq_q}),
-      kv_lengths({shape.seq_kv, shape.seq_kv / 3});
-  std::vector<int32_t> ids(std::max(shape.seq_q, shape.seq_kv));
-  for (size_t i = 0; i < ids.size(); ++i) ids[i] = static_cast<int32_t>(i / 37);
-  const Array<int32_t> segments(ids);
+// What both passes take, and where their results go.
+struct Arrays {
+  Array<uint16_t> q, k, v, out;
+  Array<float> lse, per_head;
+  Array<int32_t> q_lengths, kv_lengths, segments;
 
-  ForwardProblem p;
-  p.query = q.data(), p.key = k.data(), p.value = v.data();
-  p.out = out.data(), p.lse = lse.data();
+  Arrays(DataType type, int head_dim, Shape shape)
+      : q(numbers(rows(shape) * head_dim, type)),
+        k(numbers(keys(shape) * head_dim, type)),
+        v(numbers(keys(shape) * head_dim, type)),
+        out(unwritten(rows(shape) * head_dim)),
+        lse(std::vector<float>(rows(shape), NAN)),
+        per_head(std::vector<float>(kHeads, 0.25f)),
+        q_lengths({shape.seq_q / 2, shape.seq_q}),
+        kv_lengths({shape.seq_kv, shape.seq_kv / 3}),
+        segments(ids(std::max(shape.seq_q, shape.seq_kv))) {}
+
+  static size_t rows(Shape shape) { return size_t{kBatch} * shape.seq_q * kHeads; }
+  static size_t keys(Shape shape) { return size_t{kBatch} * shape.seq_kv * shape.heads_kv; }
+  static std::vector<uint16_t> unwritten(size_t size) {
+    return std::vector<uint16_t>(size, 0xffff);
+  }
+  static std::vector<int32_t> ids(size_t size) {
+    std::vector<int32_t> found(size);
+    for (size_t i = 0; i < size; ++i) found[i] = static_cast<int32_t>(i / 37);
+    return found;
+  }
+};
+
+Strides strides(int64_t length, int64_t heads, int64_t head_dim) {
+  return Strides{length * heads * head_dim, heads * head_dim, head_dim};
+}
+
+void fill(Problem& p, const Arrays& a, DataType type, int head_dim, Shape shape,
+          const Setting& setting) {
+  p.query = a.q.data(), p.key = a.k.data(), p.value = a.v.data();
   p.data_type = type;
   p.batch = kBatch, p.heads_q = kHeads, p.heads_kv = shape.heads_kv;
   p.seq_q = shape.seq_q, p.seq_kv = shape.seq_kv;
   p.head_dim = p.head_dim_v = head_dim;
   p.scale = 0.125f;
-  const auto strides = [&](int64_t length, int64_t heads) {
-    return Strides{length * heads * head_dim, heads * head_dim, head_dim};
-  };
-  p.query_stride = p.out_stride = strides(shape.seq_q, kHeads);
-  p.key_stride = p.value_stride = strides(shape.seq_kv, shape.heads_kv);
+  p.query_stride = strides(shape.seq_q, kHeads, head_dim);
+  p.key_stride = p.value_stride = strides(shape.seq_kv, shape.heads_kv, head_dim);
   setting.set(p);
   if (setting.lengths) {
-    p.query_seq_lengths = {q_lengths.data(), 1};
-    p.key_value_seq_lengths = {kv_lengths.data(), 1};
+    p.query_seq_lengths = {a.q_lengths.data(), 1};
+    p.key_value_seq_lengths = {a.kv_lengths.data(), 1};
   }
   if (setting.segments) {
-    p.query_segment_ids = {segments.data(), 0};
-    p.key_value_segment_ids = {segments.data(), 0};
+    p.query_segment_ids = {a.segments.data(), 0};
+    p.key_value_segment_ids = {a.segments.data(), 0};
   }
-  if (setting.slopes) p.alibi_slopes = p.sinks = {per_head.data(), 0, 1};
+  if (setting.slopes) p.alibi_slopes = p.sinks = {a.per_head.data(), 0, 1};
+}
 
+void require_finite(const Array<uint16_t>& array, DataType type, const std::string& name) {
+  const int exponent = type == DataType::kBFloat16 ? 0x7f80 : 0x7c00;
+  for (uint16_t x : array.host()) {
+    require((x & exponent) != exponent, name + " has inf or NaN");
+  }
+}
+
+void run(const Device& device, DataType type, int head_dim, Shape shape, const Setting& setting,
+         bool deterministic) {
   const std::string name = std::string(setting.name) + ", head_dim " + std::to_string(head_dim) +
                            ", lengths " + std::to_string(shape.seq_q) + "/" +
                            std::to_string(shape.seq_kv);
-  const ForwardPlan plan = plan_forward(device, p);
-  require(plan.status == PlanStatus::kOk, name + ": " + describe(plan.status));
-  cuda(launch_forward(p, plan, nullptr, nullptr), name.c_str());
+  const Arrays a(type, head_dim, shape);
+  ForwardProblem f;
+  fill(f, a, type, head_dim, shape, setting);
+  f.out = a.out.data(), f.lse = a.lse.data();
+  f.out_stride = f.query_stride;
+  const ForwardPlan forward = plan_forward(device, f);
+  require(forward.status == PlanStatus::kOk, name + ": " + describe(forward.status));
+  cuda(launch_forward(f, forward, nullptr, nullptr), name.c_str());
   cuda(cudaDeviceSynchronize(), name.c_str());
-  for (float x : lse.host()) require(!std::isnan(x), name + ": lse has NaN");
-  for (uint16_t x : out.host()) {
-    const int exponent = type == DataType::kBFloat16 ? 0x7f80 : 0x7c00;
-    require((x & exponent) != exponent, name + ": out has inf or NaN");
-  }
+  for (float x : a.lse.host()) require(!std::isnan(x), name + ": lse has NaN");
+  require_finite(a.out, type, name + ": out");
+
+  const Array<uint16_t> dout(numbers(Arrays::rows(shape) * head_dim, type)),
+      dq(Arrays::unwritten(Arrays::rows(shape) * head_dim)),
+      dk(Arrays::unwritten(Arrays::keys(shape) * head_dim)),
+      dv(Arrays::unwritten(Arrays::keys(shape) * head_dim));
+  const Array<float> dlse(std::vector<float>(Arrays::rows(shape), 0.5f)),
+      dscale_rows(std::vector<float>(Arrays::rows(shape), NAN));
+  BackwardProblem b;
+  fill(b, a, type, head_dim, shape, setting);
+  b.out = a.out.data(), b.dout = dout.data(), b.lse = a.lse.data(), b.dlse = dlse.data();
+  b.dquery = dq.data(), b.dkey = dk.data(), b.dvalue = dv.data();
+  b.dscale_rows = dscale_rows.data();
+  b.out_stride = b.dout_stride = b.dquery_stride = b.query_stride;
+  b.dkey_stride = b.dvalue_stride = b.key_stride;
+  b.deterministic = deterministic;
+  const BackwardPlan backward = plan_backward(device, b);
+  require(backward.status == PlanStatus::kOk, name + ": " + describe(backward.status));
+  const Array<uint8_t> workspace(std::vector<uint8_t>(backward.workspace.bytes, 0xff));
+  cuda(launch_backward(b, backward, workspace.data(), nullptr), name.c_str());
+  cuda(cudaDeviceSynchronize(), name.c_str());
+  require_finite(dq, type, name + ": dq");
+  require_finite(dk, type, name + ": dk");
+  require_finite(dv, type, name + ": dv");
+  for (float x : dscale_rows.host()) require(!std::isnan(x), name + ": dscale has NaN");
 }
 
 // --- Planted faults
@@ -208,7 +259,7 @@ int main(int argc, char** argv) {
       for (int head_dim : {64, 40, 128, 256, 200}) {
         for (const Setting& setting : kSettings) {
           for (Shape shape : {Shape{130, 200, 2}, Shape{3, 65, 4}, Shape{257, 70, 1}}) {
-            run(d, type, head_dim, shape, setting);
+            run(d, type, head_dim, shape, setting, problems % 2 == 0);
             ++problems;
           }
         }

@@ -1,4 +1,4 @@
-"""What the GPU tests share: the forward of a case, and its judgement."""
+"""What the GPU tests share: forward and backward of a case, and their judgement."""
 
 import functools
 from typing import Any
@@ -6,8 +6,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from cases import OPTIONS, Case, Inputs, covering
-from compare import assert_accurate, dense
+from cases import OPTIONS, Case, Inputs, covering, results
+from compare import assert_accurate, assert_follows_the_rule, dense
 from jax_flash2 import flash_attention
 
 FORCED = "cuda_sm80"
@@ -65,4 +65,25 @@ def check_forward(inputs: Inputs, note: str = "", **more: Any) -> dict[str, jax.
     baseline = forward(inputs, dense, implementation=None)
     for name, x in ours.items():
         assert_accurate(x, wide[name], baseline[name], f"{note} {name}".strip())
+    return ours
+
+
+def without_slopes(inputs: Inputs) -> Inputs:
+    """The same call, ALiBi's slopes having no gradient: the kernels lack that one."""
+    wrt, fixed = dict(inputs.wrt), dict(inputs.fixed)
+    if "alibi_slopes" in wrt:
+        fixed["alibi_slopes"] = wrt.pop("alibi_slopes")
+    return Inputs(wrt, fixed, inputs.static, inputs.cotangents)
+
+
+def backward(inputs: Inputs, **more: Any) -> dict[str, jax.Array]:
+    """All gradients by the kernels, from cotangents of output and logsumexp."""
+    found = results(without_slopes(inputs), FORCED, **more)
+    return {name: x for name, x in found.items() if name.startswith("d")}
+
+
+def check_backward(inputs: Inputs, note: str = "") -> dict[str, jax.Array]:
+    """The kernels' gradients, after they passed the rule of accuracy."""
+    ours = backward(inputs)
+    assert_follows_the_rule(without_slopes(inputs), ours, note)
     return ours
