@@ -129,8 +129,7 @@ __global__ void __launch_bounds__(kRowsThreads)
   const int row0 = static_cast<int>(at.row0);
   const int last = min(row0 + static_cast<int>(kRowPadding), at.q_length) - 1;
   const bool visited =
-      !params.first_stores ||
-      BlockRange<128>(p, Visibility(p, at.batch), row0, last).total > 0;
+      !params.first_stores || BlockRange<128>(p, Visibility(p, at.batch), row0, last).total > 0;
   const int columns = visited ? p.head_dim : 0;
 
   float4 v[kBlocks];

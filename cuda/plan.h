@@ -84,13 +84,13 @@ struct BackwardPlan {
   bool general = false;
   int32_t tile_q = 0;
   int32_t tile_kv = 0;
-  int32_t stages = 0;       // pairs of Q and dO in shared memory
-  int32_t tiles_kv = 0;     // key tiles per head
-  int32_t section = 1;      // as in the forward, of key heads
-  uint32_t grid = 0;        // blocks of the main kernel; 0: no keys
-  uint32_t block = 0;       // its threads
-  uint32_t smem_bytes = 0;  // its shared memory
-  uint32_t rows_grid = 0;   // blocks of the kernels before and after it; 0: no queries
+  int32_t stages = 0;         // pairs of Q and dO in shared memory
+  int32_t tiles_kv = 0;       // key tiles per head
+  int32_t section = 1;        // as in the forward, of key heads
+  uint32_t grid = 0;          // blocks of the main kernel; 0: no keys
+  uint32_t block = 0;         // its threads
+  uint32_t smem_bytes = 0;    // its shared memory
+  uint32_t rows_grid = 0;     // blocks of the kernels before and after it; 0: no queries
   bool first_stores = false;  // BackwardParams
   BackwardWorkspace workspace;
 };

@@ -89,8 +89,7 @@ BackwardPlan plan_backward(const Device& device, const BackwardProblem& p, int32
     plan.status = PlanStatus::kTooManyTiles;
     return plan;
   }
-  plan.grid =
-      static_cast<uint32_t>(plan.family == 90 ? sm90::grid(device, plan, tiles) : tiles);
+  plan.grid = static_cast<uint32_t>(plan.family == 90 ? sm90::grid(device, plan, tiles) : tiles);
   plan.rows_grid = static_cast<uint32_t>(row_blocks);
 
   // Only where the first tiles of a head take longest is it worth walking several heads at once.

@@ -4,8 +4,6 @@
 
 #include <cstdint>
 
-#include "ptx/perturb.cuh"
-
 namespace flash2::ptx {
 
 __device__ __forceinline__ uint32_t cluster_rank() {
@@ -42,7 +40,6 @@ __device__ __forceinline__ void mbarrier_arrive_peer_release(uint32_t peer_barri
 
 // Enough for stages that only TMA writes and only wgmma reads.
 __device__ __forceinline__ void mbarrier_arrive_peer(uint32_t peer_barrier) {
-  perturb();
   asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(peer_barrier) : "memory");
 }
 

@@ -1,8 +1,8 @@
 // What the two consumer warpgroups of a backward block do: all products.
 //
-// A consumer owns 64 of the tile's 128 keys. It computes S^T = K Q^T and dP^T = V dO^T, so that P^T
-// and dS^T lie in its registers as the A operands of dV += P^T dO and dK += dS^T Q. dQ = dS K runs
-// over all keys: dS goes to shared memory, and each consumer computes half of dQ.
+// A consumer owns 64 of the tile's 128 keys. It computes S^T = K Q^T and dP^T = V dO^T, so that
+// P^T and dS^T lie in its registers as the A operands of dV += P^T dO and dK += dS^T Q. dQ = dS K
+// runs over all keys: dS goes to shared memory, and each consumer computes half of dQ.
 #pragma once
 
 #include <cstdint>
@@ -42,8 +42,8 @@ __device__ __forceinline__ void consume(const BackwardParams& params,
   const uint64_t dout_b = ptx::wgmma_descriptor(smem.dout(0));
   const uint64_t query_t = ptx::wgmma_descriptor(smem.query(0), kQueryPanel);
   const uint64_t dout_t = ptx::wgmma_descriptor(smem.dout(0), kQueryPanel);
-  const uint64_t key_t = ptx::wgmma_descriptor(
-      smem.key() + (kByRows ? 0 : consumer * kKeyPanel), kKeyPanel);
+  const uint64_t key_t =
+      ptx::wgmma_descriptor(smem.key() + (kByRows ? 0 : consumer * kKeyPanel), kKeyPanel);
   const uint64_t ds_a = ptx::wgmma_descriptor(smem.ds(0) + (kByRows ? consumer * 64 * 128 : 0));
 
   float dkey[kD / 2], dvalue[kD / 2];
@@ -132,9 +132,9 @@ __device__ __forceinline__ void consume(const BackwardParams& params,
     dquery_parity ^= 1;
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
-      ptx::store_shared_16(smem.dquery(consumer) + warp * 4096 + i * 512 + lane * 16,
-                           words_of(dquery[4 * i], dquery[4 * i + 1], dquery[4 * i + 2],
-                                    dquery[4 * i + 3]));
+      ptx::store_shared_16(
+          smem.dquery(consumer) + warp * 4096 + i * 512 + lane * 16,
+          words_of(dquery[4 * i], dquery[4 * i + 1], dquery[4 * i + 2], dquery[4 * i + 3]));
     }
     ptx::fence_async_shared();
     __syncwarp();

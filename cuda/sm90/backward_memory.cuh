@@ -61,16 +61,22 @@ struct BackwardMemory {
   __device__ __forceinline__ uint32_t key_empty() const { return barrier(1); }
   __device__ __forceinline__ uint32_t value_full() const { return barrier(2); }
   __device__ __forceinline__ uint32_t value_empty() const { return barrier(3); }
-  __device__ __forceinline__ uint32_t query_full(uint32_t stage) const { return barrier(4 + stage); }
+  __device__ __forceinline__ uint32_t query_full(uint32_t stage) const {
+    return barrier(4 + stage);
+  }
   __device__ __forceinline__ uint32_t query_empty(uint32_t stage) const {
     return barrier(6 + stage);
   }
-  __device__ __forceinline__ uint32_t dout_full(uint32_t stage) const { return barrier(8 + stage); }
+  __device__ __forceinline__ uint32_t dout_full(uint32_t stage) const {
+    return barrier(8 + stage);
+  }
   __device__ __forceinline__ uint32_t dout_empty(uint32_t stage) const {
     return barrier(10 + stage);
   }
   // One: of the key tile that the producer writes, and of each consumer's dQ.
-  __device__ __forceinline__ uint32_t tile_full(uint32_t stage) const { return barrier(12 + stage); }
+  __device__ __forceinline__ uint32_t tile_full(uint32_t stage) const {
+    return barrier(12 + stage);
+  }
   __device__ __forceinline__ uint32_t tile_empty(uint32_t stage) const {
     return barrier(14 + stage);
   }

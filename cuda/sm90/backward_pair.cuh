@@ -1,12 +1,13 @@
-// The backward's main kernel at head_dim 256: a cluster of two blocks shares a tile of 128 keys, 64
-// keys each, and one walk through Q and dO.
+// The backward's main kernel at head_dim 256: a cluster of two blocks shares a tile of 128 keys,
+// 64 keys each, and one walk through Q and dO.
 //
 // Block r holds K and V of its keys and, for dQ, columns 128 r to 128 r + 127 of the other block's
 // K. Its consumer 0 computes S^T = K Q^T, P^T and dV += P^T dO, its consumer 1 dP^T = V dO^T, dS^T
-// and dK += dS^T Q, so no thread holds more than one of the two gradients. P^T goes from consumer 0
-// to 1 through the place where dS will lie, dS to the other block by a bulk copy between shared
-// memories. Then each of the four consumers computes a quarter of dQ = dS K, 64 columns of it, over
-// all 128 keys, and adds it to the sums from registers. Q and dO come from memory once per pair.
+// and dK += dS^T Q, so no thread holds more than one of the two gradients. P^T goes from consumer
+// 0 to 1 through the place where dS will lie, dS to the other block by a bulk copy between shared
+// memories. Then each of the four consumers computes a quarter of dQ = dS K, 64 columns of it,
+// over all 128 keys, and adds it to the sums from registers. Q and dO come from memory once per
+// pair.
 #pragma once
 
 #include <cstdint>
@@ -183,17 +184,17 @@ struct PairConsumer {
     const uint64_t first = rank == 0 ? mine : other, second = rank == 0 ? other : mine;
 #pragma unroll
     for (int k = 0; k < 8; ++k) {
-      ptx::wgmma<kType, false, true>(
-          dquery, ptx::wgmma_advance(ds, k / 4 * kPanel + k % 4 * 32),
-          ptx::wgmma_advance(k < 4 ? first : second, k % 4 * 2048), k != 0);
+      ptx::wgmma<kType, false, true>(dquery, ptx::wgmma_advance(ds, k / 4 * kPanel + k % 4 * 32),
+                                     ptx::wgmma_advance(k < 4 ? first : second, k % 4 * 2048),
+                                     k != 0);
     }
     ptx::wgmma_commit();
   }
-  __device__ __forceinline__ void add_dquery(const float (&dquery)[32], const PairPlace& at) const {
+  __device__ __forceinline__ void add_dquery(const float (&dquery)[32],
+                                             const PairPlace& at) const {
     const BackwardProblem& p = params.problem;
     const int blocks = p.head_dim / 8 - 8 * quarter();  // of 8 columns, that exist
-    float* to = params.dquery_sums + 16 * warp() * p.head_dim + quarter() * 1024 +
-                lane() * 4 +
+    float* to = params.dquery_sums + 16 * warp() * p.head_dim + quarter() * 1024 + lane() * 4 +
                 int64_t{at.block} * (kRowPadding * p.head_dim);
     int32_t* turn = params.turns + int64_t{at.block} * (kRowPadding / 16) + quarter();
     if constexpr (kT.deterministic) {
@@ -303,8 +304,8 @@ __device__ __forceinline__ void consume_probabilities(const PairConsumer<kTile, 
       // Nobody reads dS any more, and the copy to the other block has left.
       ptx::mbarrier_wait(smem.ds_empty(), ds_parity ^ 1);
     }
-    // float16 whatever the type: it fits the scaled P best. By an instruction of its own: words that
-    // also were an operand of dV would be registers too many (C7512).
+    // float16 whatever the type: it fits the scaled P best. By an instruction of its own: words
+    // that also were an operand of dV would be registers too many (C7512).
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
       uint32_t words[4];
@@ -488,8 +489,9 @@ __global__ void __launch_bounds__(kBackwardTiles[kTile].threads(), 1)
     ptx::barrier_sync(c.own(), 128);
     if (warp == 0 && lane == 0) {
       for (int panel = 0; panel < kT.panels(); ++panel) {
-        ptx::tma_store(consumer == 0 ? &maps.dvalue : &maps.dkey, place + panel * Memory::kKeyPanel,
-                       panel * 64, tile.first_key() + rank * kT.keys(), tile.head_kv, tile.batch);
+        ptx::tma_store(consumer == 0 ? &maps.dvalue : &maps.dkey,
+                       place + panel * Memory::kKeyPanel, panel * 64,
+                       tile.first_key() + rank * kT.keys(), tile.head_kv, tile.batch);
       }
       ptx::bulk_commit();
       ptx::bulk_wait<0>();

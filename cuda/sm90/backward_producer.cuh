@@ -1,5 +1,5 @@
-// What the first warpgroup of a backward block does: one warp starts all loads, two more store what
-// the consumers hand them.
+// What the first warpgroup of a backward block does: one warp starts all loads, two more store
+// what the consumers hand them.
 #pragma once
 
 #include <cstdint>
@@ -63,20 +63,20 @@ struct BackwardProducer {
       int head = tile.head_kv * group, query_tile = tile.end - 1;
 #pragma unroll 1
       for (int step = 0; step == 0 || step < steps; ++step) {
-        if (step < steps) load_rows(query_ring, maps.query, smem.query(query_ring.stage),
-                                    smem.query_full(query_ring.stage),
-                                    smem.query_empty(query_ring.stage), params.lse2,
-                                    smem.lse2(query_ring.stage), tile, head, query_tile,
-                                    p.query_stride);
+        if (step < steps)
+          load_rows(query_ring, maps.query, smem.query(query_ring.stage),
+                    smem.query_full(query_ring.stage), smem.query_empty(query_ring.stage),
+                    params.lse2, smem.lse2(query_ring.stage), tile, head, query_tile,
+                    p.query_stride);
         if (step == 0) {
           load_kv(maps.value, smem.value(), smem.value_full(), smem.value_empty(), parity, tile,
                   p.value_stride);
         }
-        if (step < steps) load_rows(dout_ring, maps.dout, smem.dout(dout_ring.stage),
-                                    smem.dout_full(dout_ring.stage),
-                                    smem.dout_empty(dout_ring.stage), params.delta,
-                                    smem.delta(dout_ring.stage), tile, head, query_tile,
-                                    p.dout_stride);
+        if (step < steps)
+          load_rows(dout_ring, maps.dout, smem.dout(dout_ring.stage),
+                    smem.dout_full(dout_ring.stage), smem.dout_empty(dout_ring.stage),
+                    params.delta, smem.delta(dout_ring.stage), tile, head, query_tile,
+                    p.dout_stride);
         if (step == 0 && !fresh) {
           load_kv(maps.key, smem.key(), smem.key_full(), smem.key_empty(), parity, tile,
                   p.key_stride);
@@ -167,8 +167,7 @@ struct BackwardStorer {
       const Tile& tile = tiles[ring.stage];
       if (tile.block < 0) break;
       for (int head = tile.head_kv * group; head < (tile.head_kv + 1) * group; ++head) {
-        const int64_t head_row =
-            (int64_t{tile.batch} * p.heads_q + head) * params.rows_per_head;
+        const int64_t head_row = (int64_t{tile.batch} * p.heads_q + head) * params.rows_per_head;
 #pragma unroll 1
         for (int query_tile = tile.end - 1; query_tile >= tile.begin; --query_tile) {
           const int64_t row = head_row + query_tile * kT.tile_q + (kByRows ? 64 * consumer : 0);

@@ -46,8 +46,8 @@ __device__ __forceinline__ void to_probabilities(float (&s)[kRegisters], uint32_
   }
 }
 
-// Zeros where a row does not see a key. Probabilities and not scores: a scale may be negative or 0.
-// `key` is this thread's first, `row0` the first query of the tile.
+// Zeros where a row does not see a key. Probabilities and not scores: a scale may be negative or
+// 0. `key` is this thread's first, `row0` the first query of the tile.
 template <int kRegisters, class Tile>
 __device__ __forceinline__ void mask_probabilities(float (&s)[kRegisters], const Problem& p,
                                                    const Tile& tile, int key, int row0) {

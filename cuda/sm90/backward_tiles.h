@@ -1,9 +1,9 @@
 // The tiles of the sm90 backward (measured on an H100: NOTES_backward.md).
 //
-// A tile is 128 keys of one head; Q and dO pass by in steps of tile_q rows. Larger steps need fewer
-// barriers, and float32 traffic for dQ falls with the number of keys, so both stop where registers
-// and shared memory do: at head_dim 256 no block can hold the gradients of 128 keys, and two that
-// form a cluster do (backward_pair.cuh).
+// A tile is 128 keys of one head; Q and dO pass by in steps of tile_q rows. Larger steps need
+// fewer barriers, and float32 traffic for dQ falls with the number of keys, so both stop where
+// registers and shared memory do: at head_dim 256 no block can hold the gradients of 128 keys, and
+// two that form a cluster do (backward_pair.cuh).
 #pragma once
 
 #include "problem.h"
@@ -37,13 +37,13 @@ struct BackwardTile {
 };
 
 inline constexpr BackwardTile kBackwardTiles[] = {
-    {64, 128, 1, false, false},   // 194 KB
-    {64, 128, 1, true, false},    // 194 KB
-    {128, 64, 1, false, false},   // 193 KB
-    {128, 64, 1, true, false},    // 193 KB
-    {256, 64, 2, false, false},   // 225 KB, twice
-    {256, 64, 2, true, false},    // 225 KB, twice
-    {256, 64, 2, true, true},     // 225 KB, twice
+    {64, 128, 1, false, false},  // 194 KB
+    {64, 128, 1, true, false},   // 194 KB
+    {128, 64, 1, false, false},  // 193 KB
+    {128, 64, 1, true, false},   // 193 KB
+    {256, 64, 2, false, false},  // 225 KB, twice
+    {256, 64, 2, true, false},   // 225 KB, twice
+    {256, 64, 2, true, true},    // 225 KB, twice
 };
 inline constexpr int kBackwardTileCount = sizeof(kBackwardTiles) / sizeof(kBackwardTiles[0]);
 

@@ -148,7 +148,8 @@ CASE(backward_on_hopper_leaves_the_rest_to_sm80) {
   };
   static const void* some = address(5 << 20);
   check("soft cap", [](BackwardProblem& p) { p.soft_cap = 5.0f; });
-  check("slopes", [](BackwardProblem& p) { p.alibi_slopes.data = static_cast<const float*>(some); });
+  check("slopes",
+        [](BackwardProblem& p) { p.alibi_slopes.data = static_cast<const float*>(some); });
   check("segments", [](BackwardProblem& p) {
     p.query_segment_ids.data = p.key_value_segment_ids.data = static_cast<const int32_t*>(some);
   });
