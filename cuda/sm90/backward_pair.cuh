@@ -38,10 +38,10 @@ struct PairPlace {
 
   template <class Tile>
   __device__ __forceinline__ PairPlace(const BackwardParams& params, const Tile& tile)
-      : query_tile(uniform(tile.end - 1)) {
+      : query_tile(tile.end - 1) {
     const BackwardProblem& p = params.problem;
     const int head = tile.batch * p.heads_q + tile.head_kv * (p.heads_q / p.heads_kv);
-    block = uniform(head * static_cast<int>(params.row_blocks.value) + query_tile);
+    block = head * static_cast<int>(params.row_blocks.value) + query_tile;
   }
   __device__ __forceinline__ int64_t row() const { return int64_t{block} * kRowPadding; }
   // Without a branch: it stands between products. `tile` stays in shared memory, since registers
@@ -452,6 +452,7 @@ __global__ void __launch_bounds__(kBackwardTiles[kTile].threads(), 1)
       }
     }
   }
+  __syncwarp();
   ptx::cluster_arrive();
   ptx::cluster_wait();
   ptx::launch_dependents();
@@ -498,6 +499,7 @@ __global__ void __launch_bounds__(kBackwardTiles[kTile].threads(), 1)
     }
   }
   // No block may leave while its peer can still write to it or arrive on its barriers.
+  __syncwarp();
   ptx::cluster_arrive();
   ptx::cluster_wait();
 }

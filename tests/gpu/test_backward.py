@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from harness import (
-    FORCED,
+    IMPLEMENTATIONS,
     SUPPORTED,
     backward,
     check_backward,
@@ -64,7 +64,7 @@ def test_every_option_alone_changes_the_gradient(number, name):
         return
     bare = gpu_case(*base, **shape).inputs()
     bare = bare.replace(**{n: inputs.wrt[n] for n in ("query", "key", "value")})
-    assert (backward(bare)["dquery"] != ours["dquery"]).any()
+    assert (backward(bare, IMPLEMENTATIONS[-1])["dquery"] != ours["dquery"]).any()
 
 
 @pytest.mark.parametrize(("number", "options"), list(enumerate(option_sets(5))))
@@ -128,7 +128,7 @@ def test_tiny_lengths_exhaustively(options, head_dim):
             call = lambda parts: flash_attention(  # noqa: E731
                 **parts,
                 **inputs.static,
-                implementation=FORCED,
+                implementation=IMPLEMENTATIONS[-1],
                 return_residual=True,
             )
             _, pullback = jax.vjp(call, parts)
@@ -176,24 +176,25 @@ def test_residues_of_the_shapes(q_length):
 )
 def test_rows_that_see_no_key(options, values, head_dim):
     case = gpu_case(*options, head_dim=head_dim)
-    ours = backward(case.inputs().replace(**values))
-    for name, x in ours.items():
-        assert (x == 0).all(), name
+    for implementation in IMPLEMENTATIONS:
+        ours = backward(case.inputs().replace(**values), implementation)
+        for name, x in ours.items():
+            assert (x == 0).all(), (implementation, name)
 
 
 @pytest.mark.parametrize("shape", [(0, 5, 5), (2, 0, 5), (2, 5, 0)])
 def test_zero_sizes(shape):
     batch, q_length, kv_length = shape
     case = gpu_case(q_length=q_length, kv_length=kv_length, batch=(batch,))
-    for x in backward(case.inputs()).values():
-        assert (x == 0).all()
+    for implementation in IMPLEMENTATIONS:
+        for x in backward(case.inputs(), implementation).values():
+            assert (x == 0).all()
 
 
 @pytest.mark.parametrize("head_dim", DIMS)
 def test_nan_past_the_lengths_does_not_leak(head_dim):
     options = ("key_lengths", "query_lengths", "deterministic")
     inputs = gpu_case(*options, length=200, head_dim=head_dim).inputs()
-    clean = backward(inputs)
     nan = {}
     for name in ("query", "key", "value", "out", "lse"):
         side = "key_value" if name in ("key", "value") else "query"
@@ -206,7 +207,9 @@ def test_nan_past_the_lengths_does_not_leak(head_dim):
     wrt = {name: poison(x, name) for name, x in inputs.wrt.items()}
     cotangents = tuple(map(poison, inputs.cotangents, ("out", "lse")))
     poisoned = inputs.__class__(wrt, inputs.fixed, inputs.static, cotangents)
-    assert_bitwise_equal(backward(poisoned), clean)
+    for implementation in IMPLEMENTATIONS:
+        clean = backward(inputs, implementation)
+        assert_bitwise_equal(backward(poisoned, implementation), clean)
 
 
 @pytest.mark.parametrize("head_dim", DIMS)
@@ -227,24 +230,30 @@ def test_scales_without_and_with_a_sign(scale):
     check_backward(inputs.replace(scale=scale))
 
 
-def test_every_output_is_written():
+@pytest.mark.parametrize("head_dim", [40, 72, 200])
+@pytest.mark.parametrize("options", [("key_lengths",), ("window", "query_lengths")])
+def test_every_output_is_written(options, head_dim):
     """Freed memory full of NaN is what gradients and workspace are made from."""
-    case = gpu_case("key_lengths", "deterministic", length=333, batch=(4,), head_dim=72)
+    case = gpu_case(
+        *(*options, "deterministic"),
+        **dict(length=333, batch=(4,), head_dim=head_dim),
+    )
     inputs = case.inputs()
-    want = backward(inputs)
-    for _ in range(5):
-        poison = [jnp.full((64 << 20,), jnp.nan, jnp.float32) for _ in range(4)]
-        jax.block_until_ready(poison)
-        del poison
-        assert_bitwise_equal(backward(inputs), want)
+    for implementation in IMPLEMENTATIONS:
+        want = backward(inputs, implementation)
+        for _ in range(5):
+            poison = [jnp.full((64 << 20,), jnp.nan, jnp.float32) for _ in range(4)]
+            jax.block_until_ready(poison)
+            del poison
+            assert_bitwise_equal(backward(inputs, implementation), want)
 
 
 # --------------------------------------------------------------------------------- sizes
 
 
-def gradients(q, k, v, dout, **more):
+def gradients(implementation, q, k, v, dout):
     def run(q, k, v, dout):
-        call = lambda *x: flash_attention(*x, implementation=FORCED, **more)  # noqa: E731
+        call = lambda *x: flash_attention(*x, implementation=implementation)  # noqa: E731
         return jax.vjp(call, q, k, v)[1](dout)
 
     return jax.jit(run)(q, k, v, dout)
@@ -260,40 +269,43 @@ def near(a, b):
     np.testing.assert_allclose(a, b, rtol=2.0**-6, atol=2.0**-7 * np.abs(b).max())
 
 
-def test_more_than_2_31_elements_of_query():
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_more_than_2_31_elements_of_query(implementation):
     rows, heads, head_dim = 2**18 + 128, 64, 128
     q, dout = normal(0, 1, rows, heads, head_dim), normal(3, 1, rows, heads, head_dim)
     assert q.size > 2**31
     k, v = normal(1, 1, 64, 64, head_dim), normal(2, 1, 64, 64, head_dim)
-    dq, dk, dv = gradients(q, k, v, dout)
+    dq, dk, dv = gradients(implementation, q, k, v, dout)
     for start in (0, 2**17, rows - 256):
         part = slice(start, start + 256)
-        some, _, _ = gradients(q[:, part], k, v, dout[:, part])
+        some, _, _ = gradients(implementation, q[:, part], k, v, dout[:, part])
         near(dq[:, part], some)
     one = slice(heads - 1, heads)
-    _, *some = gradients(q[:, :, one], k[:, :, one], v[:, :, one], dout[:, :, one])
+    _, *some = gradients(implementation, *(x[:, :, one] for x in (q, k, v, dout)))
     assert_bitwise_equal([dk[:, :, one], dv[:, :, one]], some)
 
 
-def test_more_than_2_31_elements_of_key_and_value():
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_more_than_2_31_elements_of_key_and_value(implementation):
     rows, heads, head_dim = 2**18 + 128, 64, 128
     k, v = normal(1, 1, rows, heads, head_dim), normal(2, 1, rows, heads, head_dim)
     q, dout = normal(0, 1, 64, heads, head_dim), normal(3, 1, 64, heads, head_dim)
-    dq, dk, dv = gradients(q, k, v, dout)
+    dq, dk, dv = gradients(implementation, q, k, v, dout)
     for head in (0, heads - 1):
         one = slice(head, head + 1)
-        some = gradients(*(x[:, :, one] for x in (q, k, v, dout)))
+        some = gradients(implementation, *(x[:, :, one] for x in (q, k, v, dout)))
         near(dq[:, :, one], some[0])
         assert_bitwise_equal([dk[:, :, one], dv[:, :, one]], list(some[1:]))
 
 
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize(("batch", "heads"), [(71280, 1), (1, 71280)])
-def test_more_heads_than_a_grid_axis_holds(batch, heads):
+def test_more_heads_than_a_grid_axis_holds(batch, heads, implementation):
     q, dout = normal(0, batch, 3, heads, 64), normal(3, batch, 3, heads, 64)
     k, v = normal(1, batch, 5, heads, 64), normal(2, batch, 5, heads, 64)
-    found = gradients(q, k, v, dout)
+    found = gradients(implementation, q, k, v, dout)
     b, h = slice(batch - 1, batch), slice(heads - 1, heads)
-    some = gradients(*(x[b, :, h] for x in (q, k, v, dout)))
+    some = gradients(implementation, *(x[b, :, h] for x in (q, k, v, dout)))
     assert_bitwise_equal([x[b, :, h] for x in found], list(some))
 
 
@@ -321,25 +333,27 @@ def test_deterministic_gradients_repeat(options, shape, facts):
         **shape,
     )
     inputs = case.inputs()
-    want = backward(inputs)
+    want = {name: backward(inputs, name) for name in IMPLEMENTATIONS}
     same = jax.jit(lambda a, b: jax.tree.map(lambda x, y: (x == y).all(), a, b))
     noise = jax.jit(lambda x: jnp.tanh(x @ x))
     x, equal = jnp.ones((1024, 1024)), []
     for run in range(runs):
         if run % 3 == 0:
             x = noise(x)
-        equal.append(same(backward(inputs), want))
+        for name in IMPLEMENTATIONS:
+            equal.append(same(backward(inputs, name), want[name]))
     assert all(map(bool, jax.tree.leaves(jax.device_get(equal))))
     facts("deterministic", str(case), runs)
 
 
 def test_key_and_value_gradients_repeat_anyway():
     inputs = gpu_case("causal", length=1500, head_dim=128).inputs()
-    want = backward(inputs)
-    for _ in range(50):
-        ours = backward(inputs)
-        for name in ("dkey", "dvalue"):
-            assert_bitwise_equal(ours[name], want[name])
+    for implementation in IMPLEMENTATIONS:
+        want = backward(inputs, implementation)
+        for _ in range(50):
+            ours = backward(inputs, implementation)
+            for name in ("dkey", "dvalue"):
+                assert_bitwise_equal(ours[name], want[name])
 
 
 def test_a_gradient_that_the_kernels_lack_runs_in_plain_jax(monkeypatch):
