@@ -440,21 +440,24 @@ __global__ void __launch_bounds__(kBackwardTiles[kTile].threads(), 1)
 
   Tile& tile = *reinterpret_cast<Tile*>(shared_memory + Memory::tile_offset(0));
   uint32_t* ticket = reinterpret_cast<uint32_t*>(shared_memory + Memory::tile_offset(1));
-  if (threadIdx.x == 0) {
-    smem.init_barriers();
-    // A block that waits for its turn must be sure that those before it are running: tiles are
-    // taken in the order in which pairs begin.
-    if (kT.deterministic && rank == 0) {
+  if (threadIdx.x == 0) smem.init_barriers();
+  __syncwarp();
+  ptx::cluster_arrive();
+  ptx::cluster_wait();
+  // A block that waits for its turn must be sure that those before it are running: tiles are
+  // taken in the order in which pairs begin.
+  if constexpr (kT.deterministic) {
+    if (threadIdx.x == 0 && rank == 0) {
       ptx::wait_prerequisites();
       const uint32_t number = atomicAdd(params.ticket, 1);
       for (int r = 0; r < 2; ++r) {
         ptx::store_peer(ptx::peer_address(ptx::shared_address(ticket), r), number);
       }
     }
+    __syncwarp();
+    ptx::cluster_arrive();
+    ptx::cluster_wait();
   }
-  __syncwarp();
-  ptx::cluster_arrive();
-  ptx::cluster_wait();
   ptx::launch_dependents();
   if (group == 0 && warp == 0) {
     const Tile made(params, kT.deterministic ? *ticket : blockIdx.x / 2, kT.masked);
