@@ -48,7 +48,9 @@ int launch_backward(const BackwardProblem& problem, const BackwardPlan& plan, vo
                         reinterpret_cast<float*>(base + w.lse2),
                         reinterpret_cast<float*>(base + w.delta),
                         deterministic ? reinterpret_cast<int32_t*>(base + w.turns) : nullptr,
+                        reinterpret_cast<int32_t*>(base + w.finished),
                         reinterpret_cast<int32_t*>(base + w.ticket),
+                        plan.finish_inside,
                         static_cast<uint32_t>(w.rows_per_head),
                         static_cast<uint32_t>(plan.tiles_kv),
                         static_cast<uint32_t>(problem.batch) * problem.heads_kv,
@@ -58,14 +60,13 @@ int launch_backward(const BackwardProblem& problem, const BackwardPlan& plan, vo
                         divisor(w.rows_per_head / kRowPadding),
                         divisor(problem.heads_q)};
   void* arguments[] = {&params};
-  const auto rows = [&](const void* kernel) {
+  const auto rows = [&](const void* kernel, int threads) {
     if (plan.rows_grid == 0) return cudaSuccess;
     if (kernel == nullptr) return cudaErrorInvalidDeviceFunction;
-    return cudaLaunchKernel(kernel, dim3(plan.rows_grid), dim3(kRowsThreads), arguments, 0,
-                            stream);
+    return cudaLaunchKernel(kernel, dim3(plan.rows_grid), dim3(threads), arguments, 0, stream);
   };
 
-  cudaError_t error = rows(prepare_rows_kernel(problem.data_type, plan.head_dim));
+  cudaError_t error = rows(prepare_rows_kernel(problem.data_type, plan.head_dim), kPrepareThreads);
   if (error != cudaSuccess) return error;
   if (plan.grid != 0) {
     const void* kernel =
@@ -80,7 +81,8 @@ int launch_backward(const BackwardProblem& problem, const BackwardPlan& plan, vo
                              stream);
     if (error != cudaSuccess) return error;
   }
-  return rows(finish_rows_kernel(problem.data_type, plan.head_dim));
+  if (plan.finish_inside) return cudaSuccess;
+  return rows(finish_rows_kernel(problem.data_type, plan.head_dim), kFinishThreads);
 }
 
 }  // namespace flash2

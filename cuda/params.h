@@ -58,7 +58,9 @@ struct BackwardParams {
   float* lse2;
   float* delta;
   int32_t* turns;  // null unless deterministic
+  int32_t* finished;
   int32_t* ticket;
+  bool finish_inside;  // the last block of a key head makes dQ of its query heads
   uint32_t rows_per_head;
   uint32_t tiles_kv;  // tiles per key head
   uint32_t heads;     // batch * heads_kv
