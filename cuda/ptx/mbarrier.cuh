@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "ptx/common.cuh"
+
 namespace flash2::ptx {
 
 __device__ __forceinline__ void mbarrier_init(uint32_t barrier, uint32_t count) {
@@ -10,6 +12,7 @@ __device__ __forceinline__ void mbarrier_init(uint32_t barrier, uint32_t count) 
 }
 
 __device__ __forceinline__ void mbarrier_arrive(uint32_t barrier) {
+  perturb();
   asm volatile("{\n.reg .b64 state;\nmbarrier.arrive.shared.b64 state, [%0];\n}" ::"r"(barrier)
                : "memory");
 }
@@ -42,6 +45,7 @@ __device__ __forceinline__ bool mbarrier_test(uint32_t barrier, uint32_t parity)
 }
 
 __device__ __forceinline__ void mbarrier_wait(uint32_t barrier, uint32_t parity) {
+  perturb();
   while (!mbarrier_test(barrier, parity)) {
   }
 }
@@ -55,6 +59,7 @@ __device__ __forceinline__ void mbarrier_init_fence() {
 
 // Arrives, and adds `bytes` to what copies must bring before the phase is over.
 __device__ __forceinline__ void mbarrier_arrive_expect(uint32_t barrier, uint32_t bytes) {
+  perturb();
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
                : "memory");
 }

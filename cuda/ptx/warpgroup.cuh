@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#include "ptx/common.cuh"
+
 namespace flash2::ptx {
 
 // Registers of each thread of the warpgroup, a multiple of 8. All of its warps must execute it,
@@ -21,10 +23,12 @@ __device__ __forceinline__ void lower_registers() {
 // Named barriers, 1 to 15; 0 is __syncthreads. `threads` counts those who wait and those who only
 // arrive. PTX ISA 9.7.13.1, bar.
 __device__ __forceinline__ void barrier_sync(int barrier, int threads) {
+  perturb();
   asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 }
 
 __device__ __forceinline__ void barrier_arrive(int barrier, int threads) {
+  perturb();
   asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 }
 
