@@ -3,8 +3,7 @@
 #include <cstdint>
 
 #include "backward_rows.h"
-#include "dquery_sums.cuh"
-#include "mask.cuh"
+#include "finish_rows.cuh"
 #include "params.h"
 #include "plan.h"
 #include "problem.h"
@@ -54,9 +53,9 @@ __device__ __forceinline__ float dot(const uint4& a, const uint4& b) {
 }
 
 template <int kHeadDim, DataType kType>
-__global__ void __launch_bounds__(kRowsThreads)
+__global__ void __launch_bounds__(kPrepareThreads)
     prepare_rows(const __grid_constant__ BackwardParams params) {
-  constexpr int kLanes = kHeadDim / 8, kPass = kRowsThreads / kLanes;
+  constexpr int kLanes = kHeadDim / 8, kPass = kPrepareThreads / kLanes;
   constexpr int kPasses = kRowPadding / kPass;
   const BackwardProblem& p = params.problem;
   const RowBlock at(params, blockIdx.x);
@@ -79,11 +78,14 @@ __global__ void __launch_bounds__(kRowsThreads)
   if (!params.first_stores) {
     float4* sums = reinterpret_cast<float4*>(params.dquery_sums + at.row0w * p.head_dim);
     const int words = kRowPadding * p.head_dim / 4;
-    for (int i = threadIdx.x; i < words; i += kRowsThreads) sums[i] = float4{0, 0, 0, 0};
+    for (int i = threadIdx.x; i < words; i += kPrepareThreads) sums[i] = float4{0, 0, 0, 0};
   }
-  if (params.turns) {
-    if (threadIdx.x < kRowPadding / 16) params.turns[at.row0w / 16 + threadIdx.x] = 0;
-    if (blockIdx.x == 0 && threadIdx.x == 0) *params.ticket = 0;
+  if (params.turns && threadIdx.x < kRowPadding / 16) {
+    params.turns[at.row0w / 16 + threadIdx.x] = 0;
+  }
+  if (threadIdx.x == 0 && at.row0 == 0) {
+    params.finished[int64_t{at.batch} * p.heads_q + at.head] = 0;
+    if (blockIdx.x == 0) *params.ticket = 0;
   }
 #pragma unroll
   for (int i = 0; i < kPasses; ++i) {
@@ -105,77 +107,18 @@ __global__ void __launch_bounds__(kRowsThreads)
   }
 }
 
-// A warp makes a strip of 16 rows, through shared memory: sums come in the order of accumulators.
 template <int kHeadDim, DataType kType>
-__global__ void __launch_bounds__(kRowsThreads)
+__global__ void __launch_bounds__(kFinishThreads)
     finish_rows(const __grid_constant__ BackwardParams params) {
-  constexpr int kLanes = kHeadDim / 8, kPitch = kHeadDim * 2 + 16;
-  constexpr int kStrips = kRowPadding / 16, kShare = kRowsThreads / 32 / kStrips;
-  constexpr int kBlocks = kHeadDim / 8 / kShare;
-  __shared__ __align__(16) char shared_memory[kRowPadding * kPitch];
-  const BackwardProblem& p = params.problem;
+  constexpr int kWarpBytes = 16 * kFinishPitch<kHeadDim>;
+  __shared__ __align__(16) char shared_memory[kRowPadding / 16 * kWarpBytes];
   ptx::wait_prerequisites();
   // From the last on: those sums are still in the L2 cache.
   const RowBlock at(params, gridDim.x - 1 - blockIdx.x);
-  const int lane = threadIdx.x % 32, strip = threadIdx.x / 32 % kStrips;
-  const int part = threadIdx.x / 32 / kStrips;
-  const uint32_t shared =
-      ptx::shared_address(shared_memory) + (strip * 16 + lane / 4) * kPitch + lane % 4 * 4;
-  const float* sums = params.dquery_sums + (at.row0w + strip * 16) * p.head_dim;
-  float scale = p.scale;
-  if (p.scale_operand.data) scale *= p.scale_operand.at(at.batch);
-
-  // Sums that nobody has stored stand for zeros.
-  const int row0 = static_cast<int>(at.row0);
-  const int last = min(row0 + static_cast<int>(kRowPadding), at.q_length) - 1;
-  const bool visited =
-      !params.first_stores || BlockRange<128>(p, Visibility(p, at.batch), row0, last).total > 0;
-  const int columns = visited ? p.head_dim : 0;
-
-  float4 v[kBlocks];
-#pragma unroll
-  for (int i = 0; i < kBlocks; ++i) {
-    const int j = i * kShare + part;
-    v[i] = float4{0, 0, 0, 0};
-    if (j * 8 < columns) v[i] = DquerySums{const_cast<float*>(sums) + j * 128}.load(lane);
-  }
-#pragma unroll
-  for (int i = 0; i < kBlocks; ++i) {
-    const uint32_t target = shared + (i * kShare + part) * 16;
-    ptx::store_shared(target, ptx::pack<kType>(v[i].x * scale, v[i].y * scale));
-    ptx::store_shared(target + 8 * kPitch, ptx::pack<kType>(v[i].z * scale, v[i].w * scale));
-  }
-  __syncthreads();
-  char* dquery = const_cast<char*>(of_head(p.dquery, p.dquery_stride, at));
-  for (int i = threadIdx.x; i < kRowPadding * kLanes; i += kRowsThreads) {
-    const int row = i / kLanes, chunk = i % kLanes;
-    if (at.row0 + row < p.seq_q && chunk * 8 < p.head_dim) {
-      *reinterpret_cast<uint4*>(dquery + 2 * p.dquery_stride.row * row + chunk * 16) =
-          *reinterpret_cast<const uint4*>(shared_memory + row * kPitch + chunk * 16);
-    }
-  }
-
-  if (p.dscale_rows) {  // q . (dS K), from the float32 sums
-    const char* query = of_head(p.query, p.query_stride, at);
-    for (int half = 0; half < 2; ++half) {
-      const int row = strip * 16 + lane / 4 + 8 * half;
-      if (part != 0) break;
-      float sum = 0.0f;
-      for (int j = 0; j < columns / 8; ++j) {
-        const float4 x = DquerySums{const_cast<float*>(sums) + j * 128}.load(lane);
-        if (at.row0 + row < at.q_length) {
-          const float2 q = ptx::unpack<kType>(*reinterpret_cast<const uint32_t*>(
-              query + 2 * p.query_stride.row * row + j * 16 + lane % 4 * 4));
-          sum += half == 0 ? q.x * x.x + q.y * x.y : q.x * x.z + q.y * x.w;
-        }
-      }
-      sum += __shfl_xor_sync(~0u, sum, 1);
-      sum += __shfl_xor_sync(~0u, sum, 2);
-      if (lane % 4 == 0 && at.row0 + row < p.seq_q) {
-        p.dscale_rows[(int64_t{at.batch} * p.heads_q + at.head) * p.seq_q + at.row0 + row] = sum;
-      }
-    }
-  }
+  const int strip = threadIdx.x / 32;
+  static_assert(32 * kRowPadding / 16 == kFinishThreads);
+  finish_strip<kHeadDim, kType>(params, at.batch, at.head, static_cast<int>(at.row0) + 16 * strip,
+                                ptx::shared_address(shared_memory) + strip * kWarpBytes);
 }
 
 template <int kHeadDim>

@@ -1,5 +1,5 @@
 // The kernels before and after the backward's main kernel, which work by query rows: the same for
-// every family. They take a BackwardParams, kRowsThreads threads and plan.rows_grid blocks.
+// every family. They take a BackwardParams and plan.rows_grid blocks.
 #pragma once
 
 #include <cstdint>
@@ -8,7 +8,8 @@
 
 namespace flash2 {
 
-inline constexpr int kRowsThreads = 256;
+inline constexpr int kPrepareThreads = 256;
+inline constexpr int kFinishThreads = 128;
 
 // For a bucket of head_dim. Before: logsumexps and deltas as the main kernel takes them, and zeros
 // in the sums of dQ and in what orders them. After: dQ from its sums.

@@ -24,11 +24,13 @@ struct DquerySums {
 #endif
   }
 
+  // Past L1, since other multiprocessors have added.
   __device__ __forceinline__ float4 load(int lane) const {
 #if __CUDA_ARCH__ >= 900
-    return *reinterpret_cast<const float4*>(block + 4 * lane);
+    return __ldcg(reinterpret_cast<const float4*>(block) + lane);
 #else
-    return {block[lane], block[32 + lane], block[64 + lane], block[96 + lane]};
+    return {__ldcg(block + lane), __ldcg(block + 32 + lane), __ldcg(block + 64 + lane),
+            __ldcg(block + 96 + lane)};
 #endif
   }
 };

@@ -1,7 +1,5 @@
 // Enqueues the three kernels of a backward: launch.cc's counterpart.
 
-#include "sm90/launch_backward.h"
-
 #include <cuda_runtime_api.h>
 
 #include <algorithm>
@@ -14,6 +12,7 @@
 #include "problem.h"
 #include "sm80/kernels.h"
 #include "sm80/tiles.h"
+#include "sm90/launch_backward.h"
 
 namespace flash2 {
 namespace {
@@ -51,8 +50,10 @@ int launch_backward(const BackwardProblem& problem, const BackwardPlan& plan, vo
                         reinterpret_cast<float*>(base + w.lse2),
                         reinterpret_cast<float*>(base + w.delta),
                         waits ? reinterpret_cast<int32_t*>(base + w.turns) : nullptr,
+                        reinterpret_cast<int32_t*>(base + w.finished),
                         reinterpret_cast<int32_t*>(base + w.ticket),
                         plan.first_stores,
+                        plan.finish_inside,
                         static_cast<uint32_t>(w.rows_per_head),
                         static_cast<uint32_t>(plan.tiles_kv),
                         static_cast<uint32_t>(problem.batch) * problem.heads_kv,
@@ -63,7 +64,7 @@ int launch_backward(const BackwardProblem& problem, const BackwardPlan& plan, vo
                         divisor(problem.heads_q)};
   void* arguments[] = {&params};
   // `early`: may begin, as far as it waits by itself, before the kernel before it has ended.
-  const auto rows = [&](const void* kernel, bool early) {
+  const auto rows = [&](const void* kernel, int threads, bool early) {
     if (plan.rows_grid == 0) return cudaSuccess;
     if (kernel == nullptr) return cudaErrorInvalidDeviceFunction;
     cudaLaunchAttribute attribute = {};
@@ -71,14 +72,15 @@ int launch_backward(const BackwardProblem& problem, const BackwardPlan& plan, vo
     attribute.val.programmaticStreamSerializationAllowed = 1;
     cudaLaunchConfig_t config = {};
     config.gridDim = dim3(plan.rows_grid);
-    config.blockDim = dim3(kRowsThreads);
+    config.blockDim = dim3(threads);
     config.stream = stream;
     config.attrs = &attribute;
     config.numAttrs = early ? 1 : 0;
     return cudaLaunchKernelExC(&config, kernel, arguments);
   };
 
-  cudaError_t error = rows(prepare_rows_kernel(problem.data_type, plan.head_dim), false);
+  cudaError_t error =
+      rows(prepare_rows_kernel(problem.data_type, plan.head_dim), kPrepareThreads, false);
   if (error != cudaSuccess) return error;
   if (hopper) {
     const int failed = sm90::launch_backward(problem, plan, params, stream);
@@ -96,7 +98,8 @@ int launch_backward(const BackwardProblem& problem, const BackwardPlan& plan, vo
                              stream);
     if (error != cudaSuccess) return error;
   }
-  return rows(finish_rows_kernel(problem.data_type, plan.head_dim), hopper);
+  if (plan.finish_inside) return cudaSuccess;
+  return rows(finish_rows_kernel(problem.data_type, plan.head_dim), kFinishThreads, hopper);
 }
 
 }  // namespace flash2

@@ -62,11 +62,12 @@ ForwardPlan plan_forward(const Device& device, const ForwardProblem& problem, in
 // per row 4 * head_dim + 8 bytes, and 4 more per 16 rows.
 struct BackwardWorkspace {
   int64_t rows_per_head = 0;
-  int64_t dquery = 0;  // sums of dS K, float32, head_dim each row; order: backward_rows.cuh
-  int64_t lse2 = 0;    // logsumexps as the main kernel takes them
-  int64_t delta = 0;   // row sums of dO * O, less the logsumexp's cotangent, likewise
-  int64_t turns = 0;   // int32 per 16 rows: whose turn it is to add to them
-  int64_t ticket = 0;  // int32: key tiles taken so far
+  int64_t dquery = 0;    // sums of dS K, float32, head_dim each row; order: backward_rows.cuh
+  int64_t lse2 = 0;      // logsumexps as the main kernel takes them
+  int64_t delta = 0;     // row sums of dO * O, less the logsumexp's cotangent, likewise
+  int64_t turns = 0;     // int32 per 16 rows: whose turn it is to add to them
+  int64_t finished = 0;  // int32 per head: key tiles that are done
+  int64_t ticket = 0;    // int32: key tiles taken so far
   int64_t bytes = 0;
 };
 
@@ -84,14 +85,15 @@ struct BackwardPlan {
   bool general = false;
   int32_t tile_q = 0;
   int32_t tile_kv = 0;
-  int32_t stages = 0;         // pairs of Q and dO in shared memory
-  int32_t tiles_kv = 0;       // key tiles per head
-  int32_t section = 1;        // as in the forward, of key heads
-  uint32_t grid = 0;          // blocks of the main kernel; 0: no keys
-  uint32_t block = 0;         // its threads
-  uint32_t smem_bytes = 0;    // its shared memory
-  uint32_t rows_grid = 0;     // blocks of the kernels before and after it; 0: no queries
-  bool first_stores = false;  // BackwardParams
+  int32_t stages = 0;          // pairs of Q and dO in shared memory
+  int32_t tiles_kv = 0;        // key tiles per head
+  int32_t section = 1;         // as in the forward, of key heads
+  uint32_t grid = 0;           // blocks of the main kernel; 0: no keys
+  uint32_t block = 0;          // its threads
+  uint32_t smem_bytes = 0;     // its shared memory
+  uint32_t rows_grid = 0;      // blocks of the kernels before and after it; 0: no queries
+  bool first_stores = false;   // BackwardParams
+  bool finish_inside = false;  // no kernel after it: the main kernel makes dQ from its sums
   BackwardWorkspace workspace;
 };
 

@@ -19,6 +19,10 @@ using sm80::kBackwardTiles;
 // beside the rest.
 constexpr int64_t kSectionBytes = int64_t{32} << 20;
 
+// Sums of dQ that a key head's last block may turn into dQ alone: at 2 MB it takes some 20 us for
+// what a kernel of its own takes 70 us for.
+constexpr int64_t kFinishBytes = int64_t{2} << 20;
+
 // The first tile of the bucket that fits.
 int choose_tile(const Device& device, int bucket) {
   for (int i = 0; i < kBackwardTileCount; ++i) {
@@ -53,7 +57,8 @@ BackwardWorkspace backward_workspace(int64_t batch, int64_t heads_q, int64_t seq
   w.lse2 = w.dquery + rows * head_dim * 4;
   w.delta = w.lse2 + rows * 4;
   w.turns = w.delta + rows * 4;
-  w.ticket = w.turns + rows / 4;
+  w.finished = w.turns + rows / 4;
+  w.ticket = w.finished + (batch * heads_q * 4 + 15) / 16 * 16;
   w.bytes = w.ticket + 16;
   return w;
 }
@@ -91,6 +96,8 @@ BackwardPlan plan_backward(const Device& device, const BackwardProblem& p, int32
   }
   plan.grid = static_cast<uint32_t>(plan.family == 90 ? sm90::grid(device, plan, tiles) : tiles);
   plan.rows_grid = static_cast<uint32_t>(row_blocks);
+  plan.finish_inside =
+      plan.family == 80 && tiles > 0 && 4 * int64_t{p.seq_q} * p.head_dim * p.heads_q / p.heads_kv <= kFinishBytes;
 
   // Only where the first tiles of a head take longest is it worth walking several heads at once.
   if (p.is_causal && p.window_left == kUnbounded && p.chunk_size == 0 && tiles > 0) {

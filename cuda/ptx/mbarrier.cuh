@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "ptx/perturb.cuh"
+#include "ptx/common.cuh"
 
 namespace flash2::ptx {
 
@@ -44,9 +44,9 @@ __device__ __forceinline__ bool mbarrier_test(uint32_t barrier, uint32_t parity)
 }
 
 __device__ __forceinline__ void mbarrier_wait(uint32_t barrier, uint32_t parity) {
+  perturb();
   while (!mbarrier_test(barrier, parity)) {
   }
-  perturb();
 }
 
 // --- Compute capability 9.0

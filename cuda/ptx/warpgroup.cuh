@@ -4,7 +4,7 @@
 
 #include <cstdint>
 
-#include "ptx/perturb.cuh"
+#include "ptx/common.cuh"
 
 namespace flash2::ptx {
 
@@ -25,10 +25,10 @@ __device__ __forceinline__ void lower_registers() {
 __device__ __forceinline__ void barrier_sync(int barrier, int threads) {
   perturb();
   asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
-  perturb();
 }
 
 __device__ __forceinline__ void barrier_arrive(int barrier, int threads) {
+  perturb();
   asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 }
 
@@ -50,18 +50,13 @@ __device__ __forceinline__ void store_matrix_x4_transposed(uint32_t address,
 }
 
 // Programmatic dependent launch: the next kernel of the stream may start; everything that the
-// kernels before have written is visible. PTX ISA 9.7.13.13, griddepcontrol. Before 9.0 a kernel
-// never starts early.
+// kernels before have written is visible. PTX ISA 9.7.13.13, griddepcontrol.
 __device__ __forceinline__ void launch_dependents() {
-#if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-#endif
 }
 
 __device__ __forceinline__ void wait_prerequisites() {
-#if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
 }
 
 }  // namespace flash2::ptx

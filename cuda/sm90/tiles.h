@@ -34,22 +34,17 @@ struct ForwardTile {
 
 inline constexpr ForwardTile kForwardTiles[] = {
     {64, false, 3, 128, 2, 2, true, false, false, 0},
-    {64, false, 3, 128, 4, 2, false, false, true, 3},
     {64, true, 3, 128, 2, 2, true, false, false, 0},
-    {64, true, 3, 128, 4, 2, false, false, true, 3},
     {64, true, 2, 128, 2, 2, true, false, false, 0},
-    {64, true, 2, 128, 4, 2, true, false, false, 0},
-    {64, true, 2, 128, 4, 2, false, false, true, 3},
-    {128, false, 2, 128, 2, 2, false, false, false, 3},
     {128, false, 2, 128, 2, 2, false, false, true, 3},
-    {128, false, 2, 128, 3, 1, false, false, true, 3},
-    {128, true, 2, 128, 2, 2, false, false, false, 3},
     {128, true, 2, 128, 2, 2, false, false, true, 3},
-    {128, true, 2, 128, 3, 1, false, false, true, 3},
-    {256, false, 2, 80, 2, 1, false, true, false, 0},
     {256, false, 2, 80, 2, 1, false, true, true, 0},
     {256, true, 2, 80, 2, 1, false, true, false, 0},
+    {64, false, 3, 128, 2, 2, true, false, true, 0},
+    {64, true, 2, 128, 2, 2, true, false, true, 0},
+    {64, true, 3, 128, 2, 2, true, false, true, 0},
     {256, true, 2, 80, 2, 1, false, true, true, 0},
+    {128, true, 2, 128, 2, 2, false, false, false, 3},
 };
 inline constexpr int kForwardTileCount = sizeof(kForwardTiles) / sizeof(kForwardTiles[0]);
 

@@ -61,7 +61,7 @@ void check_sound(const Device& d, const BackwardProblem& p) {
   const BackwardWorkspace& w = plan.workspace;
   CHECK(plan.rows_grid * kRowPadding == w.rows_per_head * p.batch * p.heads_q, text);
   CHECK(w.rows_per_head >= p.seq_q && w.rows_per_head < p.seq_q + kHeadPadding, text);
-  for (int64_t part : {w.dquery, w.lse2, w.delta, w.turns, w.ticket}) {
+  for (int64_t part : {w.dquery, w.lse2, w.delta, w.turns, w.finished, w.ticket}) {
     CHECK(part % 16 == 0 && part < w.bytes, text << ", a part at " << part);
   }
 }
@@ -91,7 +91,7 @@ CASE(backward_covers_every_length) {
 CASE(backward_workspace_is_linear_in_the_rows) {
   const BackwardWorkspace w = backward_workspace(3, 5, 100, 72);
   const int64_t rows = 3 * 5 * 128;
-  CHECK(w.bytes == rows * (4 * 72 + 8) + rows / 4 + 16, w.bytes);
+  CHECK(w.bytes == rows * (4 * 72 + 8) + rows / 4 + 64 + 16, w.bytes);  // 15 heads: 64 bytes
   CHECK(backward_workspace(1, 1024, 1 << 20, 256).bytes > int64_t{1} << 40, "");
 }
 
