@@ -49,7 +49,8 @@ __device__ __forceinline__ void finish_strip(const BackwardParams& params, int b
 #pragma unroll
     for (int i = 0; i < kTogether; ++i) {
       v[i] = float4{0, 0, 0, 0};
-      if (stored && first + i < p.head_dim / 8) v[i] = DquerySums{sums + (first + i) * 128}.load(lane);
+      if (stored && first + i < p.head_dim / 8)
+        v[i] = DquerySums{sums + (first + i) * 128}.load(lane);
     }
 #pragma unroll
     for (int i = 0; i < kTogether; ++i) {

@@ -1,5 +1,7 @@
 // Enqueues the three kernels of a backward: launch.cc's counterpart.
 
+#include "sm90/launch_backward.h"
+
 #include <cuda_runtime_api.h>
 
 #include <algorithm>
@@ -12,7 +14,6 @@
 #include "problem.h"
 #include "sm80/kernels.h"
 #include "sm80/tiles.h"
-#include "sm90/launch_backward.h"
 
 namespace flash2 {
 namespace {

@@ -96,14 +96,20 @@ BackwardPlan plan_backward(const Device& device, const BackwardProblem& p, int32
   }
   plan.grid = static_cast<uint32_t>(plan.family == 90 ? sm90::grid(device, plan, tiles) : tiles);
   plan.rows_grid = static_cast<uint32_t>(row_blocks);
-  plan.finish_inside =
-      plan.family == 80 && tiles > 0 && 4 * int64_t{p.seq_q} * p.head_dim * p.heads_q / p.heads_kv <= kFinishBytes;
+  plan.finish_inside = plan.family == 80 && tiles > 0 &&
+                       4 * int64_t{p.seq_q} * p.head_dim * p.heads_q / p.heads_kv <= kFinishBytes;
 
   // Only where the first tiles of a head take longest is it worth walking several heads at once.
   if (p.is_causal && p.window_left == kUnbounded && p.chunk_size == 0 && tiles > 0) {
     const int64_t bytes = std::max<int64_t>(
         1, int64_t{p.seq_q} * (6 * p.head_dim + 2 * p.head_dim_v) * p.heads_q / p.heads_kv);
     plan.section = static_cast<int32_t>(std::clamp<int64_t>(kSectionBytes / bytes, 1, heads));
+    // Where key tiles wait for their turn, at most some eight of a head should be at work at once:
+    // the last of n begins n steps late.
+    if (plan.family == 90 && p.deterministic) {
+      const int64_t least = std::clamp<int64_t>(device.num_sms / 8, 1, heads);
+      plan.section = std::max(plan.section, static_cast<int32_t>(least));
+    }
   }
   return plan;
 }

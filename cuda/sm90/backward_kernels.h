@@ -15,6 +15,8 @@ struct BackwardMaps {
   CUtensorMap value;
   CUtensorMap dkey;  // boxes of 64 rows
   CUtensorMap dvalue;
+  CUtensorMap lse2;  // boxes of tile_q rows
+  CUtensorMap delta;
 };
 
 // The kernel for an index into kBackwardTiles of this head_dim, or null. It takes a BackwardMaps

@@ -43,7 +43,6 @@ struct PairPlace {
     const int head = tile.batch * p.heads_q + tile.head_kv * (p.heads_q / p.heads_kv);
     block = head * static_cast<int>(params.row_blocks.value) + query_tile;
   }
-  __device__ __forceinline__ int64_t row() const { return int64_t{block} * kRowPadding; }
   // Without a branch: it stands between products. `tile` stays in shared memory, since registers
   // are few.
   template <class Tile>
@@ -87,13 +86,12 @@ struct PairProducer {
     }
     ptx::wait_prerequisites();
     Pair ring;
-    PairPlace at(params, tile);
-    int head = tile.head_kv * (p.heads_q / p.heads_kv);
+    int head = tile.head_kv * (p.heads_q / p.heads_kv), query_tile = tile.end - 1;
 #pragma unroll 1
     for (int step = 0; step < steps; ++step) {
       load(ring, maps.query, smem.query(ring.stage), smem.query_full(ring.stage),
-           smem.query_empty(ring.stage), smem.lse2(ring.stage), params.lse2 + at.row(), head,
-           at.query_tile, p.query_stride, keep);
+           smem.query_empty(ring.stage), smem.lse2(ring.stage), maps.lse2, head, query_tile,
+           p.query_stride, keep);
       if (step == 0) {
         ptx::mbarrier_arrive_expect(smem.value_full(), kT.kv_bytes());
         for (int panel = 0; panel < kT.panels(); ++panel) {
@@ -102,18 +100,20 @@ struct PairProducer {
         }
       }
       load(ring, maps.dout, smem.dout(ring.stage), smem.dout_full(ring.stage),
-           smem.dout_empty(ring.stage), smem.delta(ring.stage), params.delta + at.row(), head,
-           at.query_tile, p.dout_stride, keep);
+           smem.dout_empty(ring.stage), smem.delta(ring.stage), maps.delta, head, query_tile,
+           p.dout_stride, keep);
       ring.next();
-      head += at.query_tile == tile.begin ? 1 : 0;
-      at.next(params, tile);
+      if (--query_tile < tile.begin) {
+        query_tile = tile.end - 1;
+        ++head;
+      }
     }
   }
 
  private:
   __device__ __forceinline__ void load(const Pair& ring, const CUtensorMap& map, uint32_t target,
                                        uint32_t full, uint32_t empty, uint32_t per_row_target,
-                                       const float* per_row, int head, int query_tile,
+                                       const CUtensorMap& per_row, int head, int query_tile,
                                        const Strides& stride, uint64_t keep) const {
     constexpr uint16_t kBoth = 3;
     const int batch = stride.batch == 0 ? 0 : tile.batch;
@@ -124,7 +124,8 @@ struct PairProducer {
       ptx::tma_load_multicast(target + panel * Memory::kQueryPanel, &map, full, panel * 64,
                               query_tile * kT.tile_q, head, batch, kBoth, keep);
     }
-    ptx::bulk_load(per_row_target, per_row, 4 * kT.tile_q, full);
+    ptx::tma_load_rows(per_row_target, &per_row, full, query_tile * kT.tile_q,
+                       tile.batch * params.problem.heads_q + head);
   }
 };
 

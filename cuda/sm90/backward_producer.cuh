@@ -66,7 +66,7 @@ struct BackwardProducer {
         if (step < steps)
           load_rows(query_ring, maps.query, smem.query(query_ring.stage),
                     smem.query_full(query_ring.stage), smem.query_empty(query_ring.stage),
-                    params.lse2, smem.lse2(query_ring.stage), tile, head, query_tile,
+                    maps.lse2, smem.lse2(query_ring.stage), tile, head, query_tile,
                     p.query_stride);
         if (step == 0) {
           load_kv(maps.value, smem.value(), smem.value_full(), smem.value_empty(), parity, tile,
@@ -74,9 +74,8 @@ struct BackwardProducer {
         }
         if (step < steps)
           load_rows(dout_ring, maps.dout, smem.dout(dout_ring.stage),
-                    smem.dout_full(dout_ring.stage), smem.dout_empty(dout_ring.stage),
-                    params.delta, smem.delta(dout_ring.stage), tile, head, query_tile,
-                    p.dout_stride);
+                    smem.dout_full(dout_ring.stage), smem.dout_empty(dout_ring.stage), maps.delta,
+                    smem.delta(dout_ring.stage), tile, head, query_tile, p.dout_stride);
         if (step == 0 && !fresh) {
           load_kv(maps.key, smem.key(), smem.key_full(), smem.key_empty(), parity, tile,
                   p.key_stride);
@@ -111,22 +110,22 @@ struct BackwardProducer {
 
   // A step's rows of Q or dO, and what each row has beside them.
   __device__ __forceinline__ void load_rows(Pair& ring, const CUtensorMap& map, uint32_t target,
-                                            uint32_t full, uint32_t empty, const float* per_row,
-                                            uint32_t per_row_target, const Tile& tile, int head,
-                                            int query_tile, const Strides& stride) {
+                                            uint32_t full, uint32_t empty,
+                                            const CUtensorMap& per_row, uint32_t per_row_target,
+                                            const Tile& tile, int head, int query_tile,
+                                            const Strides& stride) {
     ptx::mbarrier_wait(empty, ring.parity ^ 1);
     ring.next();
     if (!leader) return;
     const int batch = stride.batch == 0 ? 0 : tile.batch;
     const int row = query_tile * kT.tile_q;
-    const int64_t of_head = int64_t{tile.batch} * params.problem.heads_q + head;
     ptx::mbarrier_arrive_expect(full, kT.stage_bytes() + 4 * kT.tile_q);
     for (int panel = 0; panel < kT.panels(); ++panel) {
       ptx::tma_load(target + panel * Memory::kQueryPanel, &map, full, panel * 64, row, head, batch,
                     keep);
     }
-    ptx::bulk_load(per_row_target, per_row + of_head * params.rows_per_head + row, 4 * kT.tile_q,
-                   full);
+    ptx::tma_load_rows(per_row_target, &per_row, full, row,
+                       tile.batch * params.problem.heads_q + head);
   }
 };
 

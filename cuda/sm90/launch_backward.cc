@@ -23,7 +23,8 @@ const void* find_kernel(const BackwardPlan& plan) {
   return nullptr;
 }
 
-int encode_maps(const BackwardProblem& p, const BackwardTile& tile, BackwardMaps* maps) {
+int encode_maps(const BackwardParams& params, const BackwardTile& tile, BackwardMaps* maps) {
+  const BackwardProblem& p = params.problem;
   const auto rows = [&](const void* data, const Strides& stride, int head_dim) {
     return Array{data, stride, p.batch, p.seq_q, p.heads_q, head_dim};
   };
@@ -45,7 +46,12 @@ int encode_maps(const BackwardProblem& p, const BackwardTile& tile, BackwardMaps
   for (const auto& w : wanted) {
     if (int error = encode_tensor_map(w.array, p.data_type, w.box_rows, w.map)) return error;
   }
-  return cudaSuccess;
+  const int64_t heads = int64_t{p.batch} * p.heads_q;
+  if (int error =
+          encode_row_map(params.lse2, heads, params.rows_per_head, tile.tile_q, &maps->lse2)) {
+    return error;
+  }
+  return encode_row_map(params.delta, heads, params.rows_per_head, tile.tile_q, &maps->delta);
 }
 
 }  // namespace
@@ -63,7 +69,7 @@ int launch_backward(const BackwardProblem& problem, const BackwardPlan& plan,
   }
   const BackwardTile& tile = kBackwardTiles[plan.variant];
   BackwardMaps maps;
-  if (int error = encode_maps(problem, tile, &maps)) return error;
+  if (int error = encode_maps(params, tile, &maps)) return error;
 
   cudaLaunchAttribute attributes[2] = {};
   attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
