@@ -54,6 +54,7 @@ int launch_backward(const BackwardProblem& problem, const BackwardPlan& plan, vo
                         reinterpret_cast<int32_t*>(base + w.finished),
                         reinterpret_cast<int32_t*>(base + w.ticket),
                         plan.first_stores,
+                        plan.transposed_sums,
                         plan.finish_inside,
                         static_cast<uint32_t>(w.rows_per_head),
                         static_cast<uint32_t>(plan.tiles_kv),

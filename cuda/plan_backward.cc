@@ -52,7 +52,8 @@ void choose_sm80_tile(const Device& device, const BackwardProblem& p, BackwardPl
 BackwardWorkspace backward_workspace(int64_t batch, int64_t heads_q, int64_t seq_q,
                                      int64_t head_dim) {
   BackwardWorkspace w;
-  w.rows_per_head = (seq_q + kHeadPadding - 1) / kHeadPadding * kHeadPadding;
+  const int64_t padding = seq_q < kLongRows ? kHeadPadding : kLongHeadPadding;
+  w.rows_per_head = (seq_q + padding - 1) / padding * padding;
   const int64_t rows = batch * heads_q * w.rows_per_head;
   w.lse2 = w.dquery + rows * head_dim * 4;
   w.delta = w.lse2 + rows * 4;

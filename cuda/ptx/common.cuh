@@ -77,6 +77,11 @@ __device__ __forceinline__ void store_shared(uint32_t address, uint32_t value) {
   asm volatile("st.shared.b32 [%0], %1;" ::"r"(address), "r"(value) : "memory");
 }
 
+__device__ __forceinline__ void store_shared_2(uint32_t address, uint32_t value) {
+  asm volatile("st.shared.b16 [%0], %1;" ::"r"(address), "h"(static_cast<uint16_t>(value))
+               : "memory");
+}
+
 // PTX ISA 9.7.9, ld.shared.
 __device__ __forceinline__ uint32_t load_shared(uint32_t address) {
   uint32_t value;

@@ -30,9 +30,10 @@ __device__ __forceinline__ void consume(const BackwardParams& params,
   constexpr int kD = kT.head_dim, kQ = kT.tile_q, kKeys = kT.tile_kv();
   constexpr int kQueryPanel = kQ * 128, kKeyPanel = kKeys * 128;
   // Halves of dQ: 64 rows each where a step has 128, else 64 columns each.
-  constexpr bool kByRows = kQ == 128;
-  static_assert(kByRows ? kD == 64 : kQ == 64 && kD == 128);
-  constexpr int kBoth = 1;  // the named barrier of both consumers
+  constexpr bool kByRows = kQ == 128, kTransposed = kT.transposed();
+  static_assert(kByRows ? kD == 64 : kD == 128);
+  constexpr int kBlocks = kTransposed ? kQ / 8 : 8;  // of dQ, 16 x 8, in a warp
+  constexpr int kBoth = 1;                           // the named barrier of both consumers
   const BackwardProblem& p = params.problem;
   const int lane = threadIdx.x % 32, thread = threadIdx.x % 128;
 
@@ -47,7 +48,7 @@ __device__ __forceinline__ void consume(const BackwardParams& params,
   const uint64_t ds_a = ptx::wgmma_descriptor(smem.ds(0) + (kByRows ? consumer * 64 * 128 : 0));
 
   float dkey[kD / 2], dvalue[kD / 2];
-  float s[kQ / 2], dp[kQ / 2], dquery[32];
+  float s[kQ / 2], dp[kQ / 2], dquery[kTransposed ? kQ / 2 : 32];
   uint32_t probabilities[kQ / 16][4], ds[kQ / 16][4];
   Pair ring, tile_ring;  // Q and dO stand at the same stage
   uint32_t ds_stage = 0, kv_parity = 0, dquery_parity = 1;
@@ -113,10 +114,14 @@ __device__ __forceinline__ void consume(const BackwardParams& params,
     ptx::wgmma_fence();
 #pragma unroll
     for (int k = 0; k < kKeys / 16; ++k) {
-      ptx::wgmma<kType, false, true>(
-          dquery,
-          ptx::wgmma_advance(ds_a, ds_stage * kT.ds_bytes() + k / 4 * kQueryPanel + k % 4 * 32),
-          ptx::wgmma_advance(key_t, k * 2048), k != 0);
+      const uint64_t rows =
+          ptx::wgmma_advance(ds_a, ds_stage * kT.ds_bytes() + k / 4 * kQueryPanel + k % 4 * 32);
+      const uint64_t columns = ptx::wgmma_advance(key_t, k * 2048);
+      if constexpr (kTransposed) {
+        ptx::wgmma<kType, true, false>(dquery, columns, rows, k != 0);
+      } else {
+        ptx::wgmma<kType, false, true>(dquery, rows, columns, k != 0);
+      }
     }
     ptx::wgmma_commit();
     ptx::wgmma_wait<1>();
@@ -131,9 +136,9 @@ __device__ __forceinline__ void consume(const BackwardParams& params,
     wait_dquery_buffer();
     dquery_parity ^= 1;
 #pragma unroll
-    for (int i = 0; i < 8; ++i) {
+    for (int i = 0; i < kBlocks; ++i) {
       ptx::store_shared_16(
-          smem.dquery(consumer) + warp * 4096 + i * 512 + lane * 16,
+          smem.dquery(consumer) + (warp * kBlocks + i) * 512 + lane * 16,
           words_of(dquery[4 * i], dquery[4 * i + 1], dquery[4 * i + 2], dquery[4 * i + 3]));
     }
     ptx::fence_async_shared();

@@ -48,12 +48,12 @@ struct BackwardMemory {
   // Pair: half of the columns of the other block's keys.
   __device__ __forceinline__ uint32_t other_key() const { return ds(1); }
   __device__ __forceinline__ uint32_t lse2(uint32_t stage) const {
-    return base + kT.tiles_bytes() + stage * 4 * kT.tile_q;
+    return base + kT.tiles_bytes() + stage * kT.rows_bytes();
   }
   __device__ __forceinline__ uint32_t delta(uint32_t stage) const { return lse2(2 + stage); }
   // Of a KeyTile.
   static __device__ __forceinline__ constexpr int tile_offset(uint32_t stage) {
-    return kT.tiles_bytes() + 16 * kT.tile_q + 64 * stage;
+    return kT.tiles_bytes() + 4 * kT.rows_bytes() + 64 * stage;
   }
 
   // `full`: what is brought has landed. `empty`: all readers are done with it.

@@ -180,12 +180,20 @@ struct BackwardStorer {
           }
           ptx::mbarrier_wait(full, parity);
           parity ^= 1;
-          for (int strip = 0; strip < kStrips; ++strip) {
+          for (int strip = 0; !kT.transposed() && strip < kStrips; ++strip) {
             float* to = params.dquery_sums + (row + 16 * strip) * p.head_dim + first_block * 128;
             if (blocks > 0 && before == 0) {
               ptx::bulk_store(to, from + strip * 4096, blocks * 512);
             } else if (blocks > 0) {
               ptx::bulk_add(to, from + strip * 4096, blocks * 512);
+            }
+          }
+          if (kT.transposed()) {  // TransposedSums
+            float* to = params.dquery_sums + row * p.head_dim + consumer * (64 * kT.tile_q);
+            if (before == 0) {
+              ptx::bulk_store(to, from, kT.stage_bytes());
+            } else {
+              ptx::bulk_add(to, from, kT.stage_bytes());
             }
           }
           ptx::bulk_commit();

@@ -30,16 +30,22 @@ struct BackwardTile {
     return 2 * kv_bytes() + 4 * stage_bytes() +
            (blocks == 1 ? 2 * ds_bytes() + 2 * stage_bytes() : kv_bytes() / 2 + ds_bytes());
   }
+  // Logsumexps or deltas of a step; TMA writes to multiples of 128.
+  FLASH2_HOST_DEVICE constexpr int rows_bytes() const { return (4 * tile_q + 127) / 128 * 128; }
   // Two stages of logsumexps and deltas, two key tiles (KeyTile), barriers.
   FLASH2_HOST_DEVICE constexpr int smem_bytes() const {
-    return tiles_bytes() + 16 * tile_q + 2 * 64 + 192;
+    return tiles_bytes() + 4 * rows_bytes() + 2 * 64 + 192;
   }
+  // A step's dQ is computed as its transpose, of which each consumer has 64 rows.
+  FLASH2_HOST_DEVICE constexpr bool transposed() const { return tile_q % 64 != 0; }
 };
 
 inline constexpr BackwardTile kBackwardTiles[] = {
     {64, 128, 1, false, false},  // 194 KB
     {64, 128, 1, true, false},   // 194 KB
     {128, 64, 1, false, false},  // 193 KB
+    // 226 KB. For long walks: a fifth fewer steps, hence barriers.
+    {128, 80, 1, false, false},
     {128, 64, 1, true, false},   // 193 KB
     {256, 64, 2, false, false},  // 225 KB, twice
     {256, 64, 2, true, false},   // 225 KB, twice

@@ -28,10 +28,13 @@ void choose_tile(const BackwardProblem& p, BackwardPlan* plan) {
   const bool pair = plan->head_dim == 256;
   const bool deterministic = pair && p.deterministic;
   const bool masked = has_masks(p) || deterministic;
+  // 80 query rows a step: 4 % faster from 8192 on, slower below. Made for whole panels.
+  const bool large = plan->head_dim == 128 && !masked && p.seq_q >= kLongRows &&
+                     p.head_dim == 128 && !p.dscale_rows;
   for (int i = 0; i < kBackwardTileCount; ++i) {
     const BackwardTile& tile = kBackwardTiles[i];
     if (tile.head_dim != plan->head_dim || tile.masked != masked ||
-        tile.deterministic != deterministic) {
+        tile.deterministic != deterministic || tile.transposed() != large) {
       continue;
     }
     plan->family = 90;
@@ -42,6 +45,7 @@ void choose_tile(const BackwardProblem& p, BackwardPlan* plan) {
     plan->block = tile.threads();
     plan->smem_bytes = tile.smem_bytes();
     plan->first_stores = !pair;
+    plan->transposed_sums = tile.transposed();
   }
 }
 

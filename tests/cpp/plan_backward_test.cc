@@ -57,10 +57,11 @@ void check_sound(const Device& d, const BackwardProblem& p) {
   CHECK(static_cast<int64_t>(plan.tiles_kv - 1) * plan.tile_kv < p.seq_kv, text);
   const uint32_t tiles = static_cast<uint32_t>(plan.tiles_kv) * p.batch * p.heads_kv;
   CHECK(plan.family == 90 || plan.grid == tiles, text);
-  CHECK(kHeadPadding % plan.tile_q == 0, text << ", tiles of " << plan.tile_q << " rows");
   const BackwardWorkspace& w = plan.workspace;
   CHECK(plan.rows_grid * kRowPadding == w.rows_per_head * p.batch * p.heads_q, text);
-  CHECK(w.rows_per_head >= p.seq_q && w.rows_per_head < p.seq_q + kHeadPadding, text);
+  CHECK(w.rows_per_head % plan.tile_q == 0, text << ", tiles of " << plan.tile_q << " rows");
+  const int64_t padding = p.seq_q < kLongRows ? kHeadPadding : kLongHeadPadding;
+  CHECK(w.rows_per_head >= p.seq_q && w.rows_per_head < p.seq_q + padding, text);
   for (int64_t part : {w.dquery, w.lse2, w.delta, w.turns, w.finished, w.ticket}) {
     CHECK(part % 16 == 0 && part < w.bytes, text << ", a part at " << part);
   }
@@ -138,6 +139,18 @@ CASE(backward_on_hopper_masks_where_something_is_hidden) {
   check("query lengths", [](BackwardProblem& p) { p.query_seq_lengths.data = some; });
   check("key lengths", [](BackwardProblem& p) { p.key_value_seq_lengths.data = some; });
   check("ragged keys", [](BackwardProblem& p) { p.seq_kv = 500; });
+}
+
+CASE(backward_on_hopper_takes_longer_steps_where_nothing_is_hidden) {
+  CHECK(plan_backward(kH100, problem(128, kLongRows)).tile_q == 80, "");
+  CHECK(plan_backward(kH100, problem(128, kLongRows - 1)).tile_q == 64, "");
+  CHECK(plan_backward(kH100, problem(120, kLongRows)).tile_q == 64, "");
+  BackwardProblem p = problem(128, kLongRows);
+  p.is_causal = true;
+  CHECK(plan_backward(kH100, p).tile_q == 64, "");
+  p = problem(128, kLongRows);
+  p.dscale_rows = static_cast<float*>(address(6 << 20));
+  CHECK(plan_backward(kH100, p).tile_q == 64, "");
 }
 
 CASE(backward_on_hopper_leaves_the_rest_to_sm80) {
