@@ -18,8 +18,8 @@ __device__ __forceinline__ uint32_t opaque(uint32_t value) {
   return value;
 }
 
-// Tests build with FLASH2_PERTURB: warps then sleep for up to 2 us, by the clock, wherever they meet
-// others, so that what depends on their order shows.
+// Tests build with FLASH2_PERTURB: warps then sleep for up to 2 us, by the clock, wherever they
+// meet others, so that what depends on their order shows.
 __device__ __forceinline__ void perturb() {
 #ifdef FLASH2_PERTURB
   uint32_t clock;

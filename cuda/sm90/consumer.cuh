@@ -34,7 +34,7 @@ struct Consumer {
   int consumer;
   int warp;  // of the consumer
   int lane;
-  Ring<kT.stages> k_ring, v_ring;
+  Ring<kT.stages()> k_ring, v_ring;
   Ring<2> tile_ring;
   Ring<kT.q_stages> q_ring;
 
@@ -111,7 +111,7 @@ struct Consumer {
       ptx::pin(s);
       release_v();
       pending = true;
-      if (!kT.late_store) store(o);
+      if (!kT.store_late) store(o);
       if (!next.exists) break;
       work = next;
     }
@@ -169,7 +169,7 @@ struct Consumer {
     take_turn();
     ptx::wgmma_fence();
     multiply_qk(s);
-    if (kT.late_store) store(o);
+    if (kT.store_late) store(o);
     if (kT.rescale_early) rescale(o);
     ptx::mbarrier_wait(smem.v_full(v_ring.stage), v_ring.parity);
     ptx::wgmma_fence();
