@@ -165,10 +165,12 @@ __global__ void __launch_bounds__(256, 1)
     const int number = (m * Block::kKeyWarps + block.key_warp) * (Block::kTileQ / 16) + step;
     return block.hand + (number * 32 + block.lane) * 16;
   };
-  const auto load_hand = [&](int m, int step, uint32_t (&words)[4]) {
-    const uint4 w = ptx::load_shared_16(hand_address(m, step));
+  const auto load_words = [&](uint32_t address, uint32_t (&words)[4]) {
+    const uint4 w = ptx::load_shared_16(address);
     words[0] = w.x, words[1] = w.y, words[2] = w.z, words[3] = w.w;
   };
+  // Where warps split the queries, P^T as dV wants it lies beside what dS wants.
+  constexpr uint32_t kBeside = 2 * Block::kTileKv * Block::kTileQ;
   const auto add_dquery = [&](const Step& at) {
     ptx::mbarrier_wait(ds_full, at.number % 2);
     block.add_dquery(at, block.ds, [&] { ptx::mbarrier_arrive(ds_empty); });
@@ -208,8 +210,11 @@ __global__ void __launch_bounds__(256, 1)
           uint32_t a[4], hand[4];
           exponential(s, step, m, a, hand);
           keep_own(step, m, a);
-          ptx::store_shared_16(hand_address(m, block.split * kSlices + step),
-                               uint4{hand[0], hand[1], hand[2], hand[3]});
+          const uint32_t address = hand_address(m, block.split * kSlices + step);
+          ptx::store_shared_16(address, uint4{hand[0], hand[1], hand[2], hand[3]});
+          if constexpr (kSplit > 1) {
+            ptx::store_shared_16(address + kBeside, uint4{a[0], a[1], a[2], a[3]});
+          }
         }
     };
 #pragma unroll 1
@@ -229,21 +234,11 @@ __global__ void __launch_bounds__(256, 1)
       const uint32_t smem_do = block.dout + now.stage * Block::kQBytes;
       if constexpr (kSplit == 1) {
         block.accumulate(gradient, smem_do, load_own);
-      } else {  // half of the queries are another warp's: all come from where they were handed
-                // over
+      } else {
         ptx::mbarrier_wait(p_full, now.number % 2);
         block.accumulate(gradient, smem_do, [&](int step, uint32_t (&a)[kM][4]) {
 #pragma unroll
-          for (int m = 0; m < kM; ++m) {
-            load_hand(m, step, a[m]);
-            if constexpr (kType == DataType::kBFloat16) {
-#pragma unroll
-              for (int w = 0; w < 4; ++w) {
-                const float2 x = ptx::unpack<DataType::kFloat16>(a[m][w]);
-                a[m][w] = ptx::pack<kType>(x.x, x.y);
-              }
-            }
-          }
+          for (int m = 0; m < kM; ++m) load_words(hand_address(m, step) + kBeside, a[m]);
         });
       }
       ptx::mbarrier_arrive(empty + 8 * now.stage);
@@ -263,7 +258,7 @@ __global__ void __launch_bounds__(256, 1)
 #pragma unroll
         for (int m = 0; m < kM; ++m) {
           uint32_t hand[4], a[4];
-          load_hand(m, block.split * kSlices + step, hand);
+          load_words(hand_address(m, block.split * kSlices + step), hand);
           block.score_gradients(dp, now, step, m, hand, block.ds, a);
           keep_own(step, m, a);
         }

@@ -66,9 +66,9 @@ struct BackwardTile {
   FLASH2_HOST_DEVICE constexpr int tile_kv() const { return 16 * key_blocks * key_warps; }
   FLASH2_HOST_DEVICE constexpr int threads() const { return 128 * roles; }
   FLASH2_HOST_DEVICE constexpr int ds_buffers() const { return roles == 1 ? 2 : 1; }
-  // P on its way from one role to the other.
+  // P on its way from one role to the other and, where warps split the queries, to its neighbour.
   FLASH2_HOST_DEVICE constexpr int hand_bytes() const {
-    return roles == 1 ? 0 : 2 * tile_kv() * tile_q;
+    return roles == 1 ? 0 : 2 * tile_kv() * tile_q * (4 / key_warps);
   }
   FLASH2_HOST_DEVICE constexpr int barrier_bytes() const { return 128; }
   // K and V, the stages with their logsumexps and deltas, dS in rows of 128 bytes, P, barriers.
@@ -84,8 +84,8 @@ inline constexpr BackwardTile kBackwardTiles[] = {
     {128, 2, 2, 4, 64, 3},  // 193 KB
     {128, 2, 2, 4, 64, 2},  // 161 KB for the 163 KB of 8.0
     {128, 2, 1, 4, 32, 2},  // 76 KB for the 99 KB of 8.6 and 8.9
-    {256, 2, 2, 2, 64, 2},  // 209 KB
-    {256, 2, 2, 2, 64, 1},  // 145 KB for the 163 KB of 8.0
+    {256, 2, 2, 2, 64, 2},  // 217 KB
+    {256, 2, 2, 2, 64, 1},  // 153 KB for the 163 KB of 8.0
     {256, 2, 1, 4, 16, 1},  // 90 KB for the 99 KB of 8.6 and 8.9
 };
 inline constexpr int kBackwardTileCount = sizeof(kBackwardTiles) / sizeof(kBackwardTiles[0]);

@@ -21,17 +21,16 @@ bool serves(const Device& device, const ForwardProblem& p) {
 void choose_tile(const ForwardProblem& p, ForwardPlan* plan) {
   plan->family = 90;
   const bool masked = has_masks(p);
-  plan->variant = -1;
   for (int i = 0; i < kForwardTileCount; ++i) {
     const ForwardTile& tile = kForwardTiles[i];
-    if (tile.head_dim == plan->head_dim && tile.masked == masked && plan->variant < 0) {
-      plan->variant = i;
-    }
+    if (tile.head_dim != plan->head_dim || tile.masked != masked) continue;
+    plan->variant = i;
+    if (p.seq_q <= kShort) break;
   }
   const ForwardTile& tile = kForwardTiles[plan->variant];
   plan->tile_q = tile.tile_q();
   plan->tile_kv = tile.tile_kv;
-  plan->stages = tile.stages;
+  plan->stages = tile.stages();
   plan->block = tile.threads();
   plan->smem_bytes = tile.smem_bytes();
 }

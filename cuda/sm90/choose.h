@@ -19,4 +19,8 @@ bool counts_tiles(const ForwardPlan& plan);
 
 inline constexpr size_t kCounterBytes = 16;
 
+// Heads that are walked together: no more than run at once at short lengths, or each would read
+// its K and V from memory alone, and the sections' first tiles would wait for it.
+inline constexpr int32_t kMostSectionHeads = 8;
+
 }  // namespace flash2::sm90

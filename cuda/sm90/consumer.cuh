@@ -34,7 +34,7 @@ struct Consumer {
   int consumer;
   int warp;  // of the consumer
   int lane;
-  Ring<kT.stages> k_ring, v_ring;
+  Ring<kT.stages()> k_ring, v_ring;
   Ring<2> tile_ring;
   Ring<kT.q_stages> q_ring;
 
@@ -64,10 +64,8 @@ struct Consumer {
     start_tile(work);
     ptx::wgmma_wait<0>();
     ptx::pin(s);
+    first_step(work, s);
     for (;;) {
-      if (work.steps == 1) release_q();
-      if (work.masked > 0) mask(s, work.first_key<kTileKv>(0));
-      exponentiate(s, [&](float sum) { release_k(sum); });
       pack(probabilities, s);
       if constexpr (kT.masked) clear_values_past_length(work);
 
@@ -98,20 +96,24 @@ struct Consumer {
 #pragma unroll 1
       for (; n < work.steps; ++n) step(n, [](Scores&) {});
 
-      // The next tile's first scores beside this tile's last output. After the last tile they are
+      // The last output beside the first scores of the next tile. After the last tile these are
       // computed of what is left in shared memory, and nobody reads them.
       const Work next = take_tile();
+      q_ring.next();
       wait_for_first(next);
       multiply(s, o, probabilities);
       output = Output<kType>(p, work.batch, work.head, first_row(work));
       finish(work);
       start_tile(next);
+      ptx::wgmma_wait<1>();
+      ptx::pin(s);
+      if (next.exists) first_step(next, s);
       ptx::wgmma_wait<0>();
       ptx::pin(o);
       ptx::pin(s);
       release_v();
       pending = true;
-      if (!kT.late_store) store(o);
+      if (!kT.store_late) store(o);
       if (!next.exists) break;
       work = next;
     }
@@ -147,7 +149,6 @@ struct Consumer {
 
   __device__ __forceinline__ void release_q() {
     if (lane == 0) ptx::mbarrier_arrive(smem.q_empty(q_ring.stage, consumer));
-    q_ring.next();
   }
   // `sum` is of the exponentials that must come before. The address depends on it, but only in
   // name: the assembler, which lifts the wait for P V over arithmetic, cannot lift it over this.
@@ -169,7 +170,7 @@ struct Consumer {
     take_turn();
     ptx::wgmma_fence();
     multiply_qk(s);
-    if (kT.late_store) store(o);
+    if (kT.store_late) store(o);
     if (kT.rescale_early) rescale(o);
     ptx::mbarrier_wait(smem.v_full(v_ring.stage), v_ring.parity);
     ptx::wgmma_fence();
@@ -246,6 +247,13 @@ struct Consumer {
       norm[r] = softmax.finish(r, visible, factor, has_sink, sink, &lse[r]);
     }
     output.store_lse(p, lse);
+  }
+
+  // A tile's first scores become exponentials.
+  __device__ __forceinline__ void first_step(const Work& work, Scores& s) {
+    if (work.steps == 1) release_q();
+    if (work.masked > 0) mask(s, work.first_key<kTileKv>(0));
+    exponentiate(s, [&](float sum) { release_k(sum); });
   }
 
   __device__ __forceinline__ void mask(Scores& s, int first_key) {

@@ -23,7 +23,7 @@ struct Producer {
   SharedMemory<kTile> smem;
   bool leader;
   uint64_t keep, pass;  // policies of the L2 cache: K and V are read again, Q is not
-  Ring<kT.stages> k_ring, v_ring;
+  Ring<kT.stages()> k_ring, v_ring;
   Ring<2> tile_ring;
   Ring<kT.q_stages> q_ring;
 

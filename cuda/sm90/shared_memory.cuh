@@ -28,7 +28,7 @@ struct Ring {
 template <int kTile>
 struct SharedMemory {
   static constexpr ForwardTile kT = kForwardTiles[kTile];
-  static constexpr int kStages = kT.stages, kConsumerThreads = 128 * kT.consumers;
+  static constexpr int kStages = kT.stages(), kConsumerThreads = 128 * kT.consumers;
   // Barriers by number, `full` before `empty`.
   static constexpr int kK = 0, kV = 2 * kStages, kTileRing = 4 * kStages, kQ = kTileRing + 5;
   static_assert(8 * (kQ + 2 * kT.q_stages * kT.consumers) + 2 * Work::kBytes <= kT.state_bytes());
