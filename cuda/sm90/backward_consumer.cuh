@@ -50,7 +50,7 @@ __device__ __forceinline__ void consume(const BackwardParams& params,
   float dkey[kD / 2], dvalue[kD / 2];
   float s[kQ / 2], dp[kQ / 2], dquery[kTransposed ? kQ / 2 : 32];
   uint32_t probabilities[kQ / 16][4], ds[kQ / 16][4];
-  Pair ring, tile_ring;  // Q and dO stand at the same stage
+  Ring<2> ring, tile_ring;  // Q and dO stand at the same stage
   uint32_t ds_stage = 0, kv_parity = 0, dquery_parity = 1;
   const uint32_t ds_to = transposed_row(smem.ds(0) + consumer * kQueryPanel, warp, lane);
 

@@ -9,19 +9,9 @@
 #include "ptx/common.cuh"
 #include "ptx/mbarrier.cuh"
 #include "sm90/backward_tiles.h"
+#include "sm90/ring.cuh"
 
 namespace flash2::sm90 {
-
-// A place in a ring of two stages, and the parity of its barriers there.
-struct Pair {
-  uint32_t stage = 0;
-  uint32_t parity = 0;
-
-  __device__ __forceinline__ void next() {
-    stage ^= 1;
-    parity ^= stage == 0;
-  }
-};
 
 template <int kTile>
 struct BackwardMemory {

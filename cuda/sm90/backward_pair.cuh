@@ -46,7 +46,7 @@ __device__ __forceinline__ void consume_probabilities(const PairConsumer<kTile, 
   const uint32_t p_to = transposed_row(smem.ds(0) + c.rank * Consumer::kPanel, c.warp(), c.lane());
   float s[32], dquery[32];
   uint32_t probabilities[4][4];
-  Pair ring;
+  Ring<2> ring;
   uint32_t ds_parity = 0;
   PairPlace before(c.params, c.tile);  // of the step before
   int query_tile = before.query_tile;
@@ -136,7 +136,7 @@ __device__ __forceinline__ void consume_scores(const PairConsumer<kTile, kType>&
   const uint32_t peer_full = ptx::peer_address(smem.ds_full(), 1 - c.rank);
   float dp[32], dquery[32];
   uint32_t ds[4][4];
-  Pair ring;
+  Ring<2> ring;
   uint32_t ds_parity = 0, p_parity = 0;
   PairPlace before(c.params, c.tile);  // of the step before
 

@@ -73,7 +73,7 @@ struct PairProducer {
                     (2 * rank + i) * 64, other_key, tile.head_kv, key_batch, pass);
     }
     ptx::wait_prerequisites();
-    Pair ring;
+    Ring<2> ring;
     int head = tile.head_kv * (p.heads_q / p.heads_kv), query_tile = tile.end - 1;
 #pragma unroll 1
     for (int step = 0; step < steps; ++step) {
@@ -99,10 +99,11 @@ struct PairProducer {
   }
 
  private:
-  __device__ __forceinline__ void load(const Pair& ring, const CUtensorMap& map, uint32_t target,
-                                       uint32_t full, uint32_t empty, uint32_t per_row_target,
-                                       const CUtensorMap& per_row, int head, int query_tile,
-                                       const Strides& stride, uint64_t keep) const {
+  __device__ __forceinline__ void load(const Ring<2>& ring, const CUtensorMap& map,
+                                       uint32_t target, uint32_t full, uint32_t empty,
+                                       uint32_t per_row_target, const CUtensorMap& per_row,
+                                       int head, int query_tile, const Strides& stride,
+                                       uint64_t keep) const {
     constexpr uint16_t kBoth = 3;
     const int batch = stride.batch == 0 ? 0 : tile.batch;
     ptx::mbarrier_wait(empty, ring.parity ^ 1);
@@ -222,7 +223,7 @@ struct PairConsumer {
     ptx::barrier_sync(kBoth, 256);
   }
   // Rows of the last query tile of each head, likewise: consumer 0 those of Q, consumer 1 of dO.
-  __device__ __forceinline__ void clear_queries(const Pair& ring, int rows) const {
+  __device__ __forceinline__ void clear_queries(const Ring<2>& ring, int rows) const {
     if (rows >= kQ) return;
     ptx::mbarrier_wait(smem.query_full(ring.stage), ring.parity);
     ptx::mbarrier_wait(smem.dout_full(ring.stage), ring.parity);

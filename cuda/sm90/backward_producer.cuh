@@ -28,7 +28,7 @@ struct BackwardProducer {
   Tile* tiles;  // two, in shared memory
   bool leader;
   uint64_t keep, pass;  // policies of the L2 cache: Q and dO are read again, K and V are not
-  Pair query_ring, dout_ring;
+  Ring<2> query_ring, dout_ring;
 
   __device__ __forceinline__ void run() {
     const BackwardProblem& p = params.problem;
@@ -36,7 +36,7 @@ struct BackwardProducer {
     pass = ptx::policy_evict_first();
     const uint32_t count = params.heads * params.tiles_kv;
     const int group = p.heads_q / p.heads_kv;
-    Pair ring;
+    Ring<2> ring;
     uint32_t parity = 1;  // of `empty` of K and V
     bool fresh = true;
     for (uint32_t number = blockIdx.x;;) {
@@ -109,7 +109,7 @@ struct BackwardProducer {
   }
 
   // A step's rows of Q or dO, and what each row has beside them.
-  __device__ __forceinline__ void load_rows(Pair& ring, const CUtensorMap& map, uint32_t target,
+  __device__ __forceinline__ void load_rows(Ring<2>& ring, const CUtensorMap& map, uint32_t target,
                                             uint32_t full, uint32_t empty,
                                             const CUtensorMap& per_row, uint32_t per_row_target,
                                             const Tile& tile, int head, int query_tile,
@@ -159,7 +159,7 @@ struct BackwardStorer {
     const int first_block = kByRows ? 0 : 8 * consumer;
     const int blocks = max(0, min(8, p.head_dim / 8 - first_block));
     uint32_t parity = 0;
-    Pair ring;
+    Ring<2> ring;
     ptx::wait_prerequisites();  // before the first look at a flag
     for (;;) {
       ptx::mbarrier_wait(smem.tile_full(ring.stage), ring.parity);
