@@ -139,7 +139,6 @@ template <int kTile>
 struct BackwardStorer {
   static constexpr BackwardTile kT = kBackwardTiles[kTile];
   // The consumers share a step's dQ by rows or by columns.
-  static constexpr int kStrips = 4;  // of 16 rows, one per warp of the consumer
   static constexpr bool kByRows = kT.tile_q == 128;
   using Memory = BackwardMemory<kTile>;
   using Tile = KeyTile<kT.tile_q>;
@@ -155,9 +154,15 @@ struct BackwardStorer {
     const int group = p.heads_q / p.heads_kv;
     const uint32_t full = smem.dquery_full(consumer), empty = smem.dquery_empty(consumer);
     const uint32_t from = smem.dquery(consumer);
-    // Blocks of 8 columns that exist, and where this consumer's begin: dquery_sums.cuh.
+    // Where the half lies in a tile's sums (dquery_sums.cuh), in floats: a strip of 16 rows for
+    // each warp of the consumer, of which 8 blocks of 8 columns or fewer exist, or all in one
+    // piece.
     const int first_block = kByRows ? 0 : 8 * consumer;
     const int blocks = max(0, min(8, p.head_dim / 8 - first_block));
+    const bool whole = kT.transposed() || (kByRows && p.head_dim == kT.head_dim);
+    const int pieces = whole ? 1 : 4;
+    const int bytes = whole ? kT.stage_bytes() : blocks * 512;
+    const int offset = kT.transposed() ? 64 * kT.tile_q * consumer : 128 * first_block;
     uint32_t parity = 0;
     Ring<2> ring;
     ptx::wait_prerequisites();  // before the first look at a flag
@@ -180,20 +185,12 @@ struct BackwardStorer {
           }
           ptx::mbarrier_wait(full, parity);
           parity ^= 1;
-          for (int strip = 0; !kT.transposed() && strip < kStrips; ++strip) {
-            float* to = params.dquery_sums + (row + 16 * strip) * p.head_dim + first_block * 128;
-            if (blocks > 0 && before == 0) {
-              ptx::bulk_store(to, from + strip * 4096, blocks * 512);
-            } else if (blocks > 0) {
-              ptx::bulk_add(to, from + strip * 4096, blocks * 512);
-            }
-          }
-          if (kT.transposed()) {  // TransposedSums
-            float* to = params.dquery_sums + row * p.head_dim + consumer * (64 * kT.tile_q);
+          float* to = params.dquery_sums + row * p.head_dim + offset;
+          for (int piece = 0; bytes > 0 && piece < pieces; ++piece, to += 16 * p.head_dim) {
             if (before == 0) {
-              ptx::bulk_store(to, from, kT.stage_bytes());
+              ptx::bulk_store(to, from + piece * 4096, bytes);
             } else {
-              ptx::bulk_add(to, from, kT.stage_bytes());
+              ptx::bulk_add(to, from + piece * 4096, bytes);
             }
           }
           ptx::bulk_commit();
