@@ -27,6 +27,7 @@ struct Visibility {
   int prefix;
   int kv_length;
 
+  Visibility() = default;
   __device__ __forceinline__ Visibility(const Problem& p, int batch) {
     int64_t position = p.query_offset;
     if (p.query_offset_operand.data) position += p.query_offset_operand.at(batch);

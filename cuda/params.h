@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "plan.h"
 #include "problem.h"
 
 namespace flash2 {
@@ -38,6 +39,17 @@ struct ForwardParams {
   Divisor heads_q;
   Divisor group;  // query heads per key head
 };
+
+inline ForwardParams make_params(const ForwardProblem& problem, const ForwardPlan& plan) {
+  const uint32_t tiles_q = plan.tiles_q, section = plan.section;
+  return {problem,
+          tiles_q,
+          static_cast<uint32_t>(problem.batch) * problem.heads_q,
+          Divisor(section),
+          Divisor(section * tiles_q),
+          Divisor(problem.heads_q),
+          Divisor(problem.heads_q / problem.heads_kv)};
+}
 
 struct BackwardParams {
   BackwardProblem problem;

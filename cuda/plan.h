@@ -38,7 +38,7 @@ const char* describe(PlanStatus status);
 struct ForwardPlan {
   PlanStatus status = PlanStatus::kOk;
   bool empty = false;    // nothing to write: no launch
-  int32_t family = 80;   // kernels of sm80/ (later also 90)
+  int32_t family = 80;   // kernels of sm80/ or sm90/
   int32_t head_dim = 0;  // the bucket: 64, 128 or 256
   int32_t variant = 0;   // index into the family's tile table
   bool general = false;  // the kernel with soft cap, ALiBi and segment ids
@@ -53,7 +53,8 @@ struct ForwardPlan {
   size_t workspace_bytes = 0;
 };
 
-ForwardPlan plan_forward(const Device& device, const ForwardProblem& problem);
+// `family` 80 asks for the kernels of sm80/; 0 takes the fastest that serve the problem.
+ForwardPlan plan_forward(const Device& device, const ForwardProblem& problem, int32_t family = 0);
 
 // Where the parts of the backward's workspace begin, in bytes. It depends on shapes and options
 // alone, so that it can be sized when a call is traced, before any GPU is known. Rows are the

@@ -18,6 +18,17 @@ __device__ __forceinline__ uint32_t opaque(uint32_t value) {
   return value;
 }
 
+// Tests build with FLASH2_PERTURB: warps then sleep for up to 2 us, by the clock, wherever they
+// meet others, so that what depends on their order shows.
+__device__ __forceinline__ void perturb() {
+#ifdef FLASH2_PERTURB
+  uint32_t clock;
+  asm volatile("mov.u32 %0, %%clock;" : "=r"(clock));
+  const uint32_t noise = (clock + threadIdx.x / 32 * 977 + blockIdx.x * 131) * 2654435761u;
+  __nanosleep(__shfl_sync(__activemask(), noise >> 21, __ffs(__activemask()) - 1));
+#endif
+}
+
 // 2^x, flushing subnormals: without .ftz two more instructions would rescale them.
 // PTX ISA 9.7.3, ex2.
 __device__ __forceinline__ float exp2(float x) {
