@@ -24,6 +24,7 @@ Named = dict[str, Any]
 class Platform:
     name: str
     together: bool  # entries at once, for XLA to partition over left-over mesh axes
+    origin: bool  # the call is a block that has to know where in its sequence it lies
 
     @property
     def sequential(self) -> bool:
@@ -123,6 +124,11 @@ def _kernels_serve(on: Platform, spec: AttentionSpec, lack: str | None) -> bool:
             lack = (
                 "a kernel cannot be split over mesh axes that a shard_map leaves to the "
                 "compiler; make all axes manual"
+            )
+        if on.origin:
+            lack = (
+                "the CUDA kernels have neither dropout nor chunks that end within a "
+                "block, with segment ids, where the length is sharded"
             )
         return _ffi.use_kernels(spec, lack)
     if spec.implementation is not None:

@@ -62,11 +62,13 @@ class Operands(NamedTuple):
     alibi_slopes: Any = None
     sinks: Any = None
     dropout_streams: Any = None
+    origin: Any = None
 
 
 # The axes after the batch axes: l query length, s key length, h query heads, n key
-# heads, d head_dim, e value's head_dim, r the two words of a dropout stream. An axis
-# of l, s or h may have size 1 in bias, mask, slopes, sinks and streams (broadcast).
+# heads, d head_dim, e value's head_dim, r the two words of a dropout stream or the first
+# row and the first key of a block of a longer sequence. An axis of l, s or h may have
+# size 1 in bias, mask, slopes, sinks and streams (broadcast).
 AXES = Operands(
     query="lhd",
     key="snd",
@@ -83,6 +85,7 @@ AXES = Operands(
     alibi_slopes="h",
     sinks="h",
     dropout_streams="hr",
+    origin="r",
 )
 # Operands with gradients beside query, key and value.
 SIDE_OPERANDS = ("scale", "bias", "alibi_slopes", "sinks")
