@@ -4,6 +4,7 @@ from typing import Any
 
 from jax_flash2._ffi import build_info
 from jax_flash2.attention import flash_attention
+from jax_flash2.ring import ring_attention, unzigzag, zigzag
 
 __version__ = "0.1.0"
 __all__ = [
@@ -12,6 +13,9 @@ __all__ = [
     "attention_fn",
     "build_info",
     "flash_attention",
+    "ring_attention",
+    "unzigzag",
+    "zigzag",
 ]
 
 

@@ -118,14 +118,18 @@ def zero_tangent(x: jax.Array) -> Any:
     return ad.Zero(jax.typeof(x).to_tangent_aval())
 
 
-def align_varying(arrays: Sequence[jax.Array]) -> list[jax.Array]:
-    """Casts every array to vary over the union of the mesh axes that any varies over.
+def align_varying(
+    arrays: Sequence[jax.Array], axes: Sequence[str] = ()
+) -> list[jax.Array]:
+    """Casts every array to vary over the union of the mesh axes that any varies over,
+    and over ``axes`` if there are any (else nothing is tracked, with check_vma=False).
 
     The transpose of the cast is the sum over devices that a replicated operand's
     gradient needs.
     """
     varying = [jax.typeof(a).mat.varying for a in arrays]
     union = frozenset().union(*varying)
+    union = union | frozenset(axes) if union else union
     return [
         jax.lax.pcast(a, tuple(sorted(union - v)), to="varying") if union - v else a
         for a, v in zip(arrays, varying, strict=True)

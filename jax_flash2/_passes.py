@@ -149,12 +149,16 @@ def row_delta(out: jax.Array, dout: jax.Array, dlse: jax.Array | None) -> jax.Ar
     return delta if dlse is None else delta - dlse
 
 
-def zero_past(x: jax.Array, lengths: jax.Array | None, axis: int) -> jax.Array:
+def zero_past(
+    x: jax.Array, lengths: jax.Array | None, axis: int, row: jax.Array | None = None
+) -> jax.Array:
     """``x`` ``(batch..., ...)`` with zeros at and past the lengths ``(batch...)`` along
-    ``axis``, which is negative."""
+    ``axis``, which is negative. ``row`` tells which tokens lie there, by default 0, 1, ...
+    """
     if lengths is None:
         return x
-    row = jnp.arange(x.shape[axis], dtype=jnp.int32)
+    if row is None:
+        row = jnp.arange(x.shape[axis], dtype=jnp.int32)
     row = row.reshape((1,) * (x.ndim + axis) + (-1,) + (1,) * (-axis - 1))
     lengths = lengths.reshape(lengths.shape + (1,) * (x.ndim - lengths.ndim))
     return jnp.where(row < lengths, x, 0)

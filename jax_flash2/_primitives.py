@@ -41,23 +41,6 @@ def forward(
     return results["out"], results["lse"], results.get("largest")
 
 
-def backward(
-    spec: AttentionSpec,
-    x: Operands,
-    out: jax.Array,
-    lse: jax.Array,
-    dout: jax.Array,
-    dlse: jax.Array | None,
-    wrt: tuple[str, ...],
-) -> dict[str, jax.Array]:
-    """Gradients of query, key, value and of the operands in ``wrt``, by name.
-
-    ``dlse`` is the logsumexp's cotangent, ``(batch..., h, l)``, or None for zero.
-    """
-    rows = {"out": out, "lse": lse, "dout": dout, "dlse": dlse}
-    return bind(backward_p, x._asdict() | rows, spec=spec, wrt=wrt)
-
-
 def bind(
     primitive: Primitive,
     arrays: Named,

@@ -83,6 +83,14 @@ def run(
     return total.results()
 
 
+def tokens(ring: Ring) -> jax.Array:
+    """Which token of the sequence each row of this device is: int32 ``(rows,)``."""
+    rows, me = ring.rows, lax.axis_index(ring.axes)
+    within = jnp.arange(rows.chunk, dtype=jnp.int32)
+    origins = [rows.origin(me, a) for a in range(rows.chunks)]
+    return jnp.concatenate([origin + within for origin in origins])
+
+
 def _travels(name: str) -> bool:
     axes = axes_of(name)
     return "s" in axes and "l" not in axes
