@@ -31,7 +31,7 @@ def to_heads(x: Operands, axes: Axes, ways: int) -> Operands:
         if "h" in letters and "l" not in letters:
             return _own(a, axis("h"), axes, mine)
         if "n" in letters and kv_heads % ways:
-            a = jnp.take(a, _copies(ways, mine, heads // kv_heads), axis=axis("n"))
+            a = jnp.take(a, copies(ways, mine, heads // kv_heads), axis=axis("n"))
         length = next((letter for letter in "ls" if letter in letters), None)
         if length is None:
             return a
@@ -64,7 +64,7 @@ def _own(a: jax.Array, axis: int, axes: Axes, mine: int) -> jax.Array:
     return lax.dynamic_slice_in_dim(a, lax.axis_index(axes) * mine, mine, axis)
 
 
-def _copies(ways: int, mine: int, group: int) -> Any:
+def copies(ways: int, mine: int, group: int) -> Any:
     """The key heads of each device's query heads, one device after the other."""
     if mine % group == 0:
         heads = range(0, mine, group)

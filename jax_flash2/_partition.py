@@ -281,13 +281,15 @@ class Call:
         return {a.name: x for a, x in zip(self.operands, arrays, strict=True)}
 
     def _ring(self, lay: Layout, mesh_shape: Mapping[str, int]) -> Ring | None:
-        if not lay.rows:
-            return None
         n = _ways(lay.rows, mesh_shape)
+        if n == 1:
+            return None
         rows, keys = (a.shape[-3] for a in self.operands[:2])
         whole = not lay.keys
         keys = Part(n, keys if whole else keys // n, whole=whole)
-        return Ring(lay.rows, Part(n, rows // n), keys)
+        sizes = tuple(mesh_shape[axis] for axis in lay.rows)
+        on_mesh = tuple(axis for axis in mesh_shape if axis in lay.rows)
+        return Ring(lay.rows, sizes, on_mesh, Part(n, rows // n), keys)
 
 
 def _needed_heads(first: jax.Array, heads: int, group: int) -> jax.Array:

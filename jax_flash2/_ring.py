@@ -100,7 +100,8 @@ def _send(arrays: Named, ring: Ring, pairs: Pairs) -> Named:
     """Zeros where nothing is received."""
     if not pairs:
         return {}
-    return {name: lax.ppermute(a, ring.axes, pairs) for name, a in arrays.items()}
+    pairs = ring.on_mesh(pairs)
+    return {n: lax.ppermute(a, ring.mesh_axes, pairs) for n, a in arrays.items()}
 
 
 def _axis(name: str, letter: str) -> int:

@@ -10,7 +10,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from jax_flash2._spec import AttentionSpec
 
@@ -69,15 +72,31 @@ class Step(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Ring:
-    """The rows and keys of one call over the mesh axes ``axes``."""
+    """The rows and keys of one call on a ring.
+
+    Attributes:
+      axes: its mesh axes, which the tokens are split over in this order.
+      sizes: theirs.
+      mesh_axes: the same axes in the mesh's order, which alone permutes may name.
+    """
 
     axes: tuple[str, ...]
+    sizes: tuple[int, ...]
+    mesh_axes: tuple[str, ...]
     rows: Part
     keys: Part
 
     @property
     def devices(self) -> int:
-        return self.rows.devices
+        return math.prod(self.sizes)
+
+    def on_mesh(self, pairs: Pairs) -> Pairs:
+        """Pairs of the ring's devices as pairs of indices along `mesh_axes`."""
+        where = [self.axes.index(axis) for axis in self.mesh_axes]
+        index = np.arange(self.devices).reshape([self.sizes[i] for i in where])
+        index = index.transpose([self.mesh_axes.index(axis) for axis in self.axes])
+        index = index.reshape(-1)
+        return tuple((int(index[i]), int(index[j])) for i, j in pairs)
 
     def plan(self, spec: AttentionSpec, anywhere: bool) -> tuple[Step, ...]:
         """The steps of a call.

@@ -132,15 +132,23 @@ def attend(
         f"zigzag needs an even length on each device of axis_name; got {lengths[0]} rows "
         f"of query and {lengths[1]} of key",
     )
-    ring = None
-    if n > 1:
-        ring = Ring(ring_axes, *(Part(n, length, zigzag) for length in lengths))
+    ring = ring_of(ring_axes, *(Part(n, length, zigzag) for length in lengths))
     out, lse, largest = _autodiff.attend(spec, x, forward_mode, ring)
     if largest is not None and n > 1:
         largest = jax.lax.pmax(jax.lax.stop_gradient(largest), ring_axes)
     if ways > 1:
         out, lse, largest = _exchange.to_length(out, lse, largest, exchange_axes)
     return out, lse, largest
+
+
+def ring_of(axes: tuple[str, ...], rows: Part, keys: Part) -> Ring | None:
+    """The ring over manual axes; None where it has one device."""
+    sizes = tuple(jax.lax.axis_size(axis) for axis in axes)
+    if math.prod(sizes) == 1:
+        return None
+    mesh = jax.sharding.get_abstract_mesh()
+    on_mesh = tuple(axis for axis in mesh.axis_names if axis in axes)
+    return Ring(axes, sizes, on_mesh, rows, keys)
 
 
 def zigzag(x: jax.Array, devices: int, axis: int = 1) -> jax.Array:
@@ -186,13 +194,19 @@ def _reorder(x: jax.Array, devices: int, axis: int, order: list[int]) -> jax.Arr
     return jnp.concatenate([chunks[c] for c in order], axis)
 
 
-def _axes(name: str, axes: Any) -> tuple[str, ...]:
-    """Mesh axes as a tuple, all manual here."""
+def as_tuple(name: str, axes: Any) -> tuple[str, ...]:
+    """One or more mesh axes as a tuple."""
     given = (axes,) if isinstance(axes, str) else axes
     _require(
         isinstance(given, (tuple, list)) and all(isinstance(a, str) for a in given),
         f"{name} must be the name of a mesh axis or a tuple of such; got {axes!r}",
     )
+    return tuple(given)
+
+
+def _axes(name: str, axes: Any) -> tuple[str, ...]:
+    """Mesh axes as a tuple, all manual here."""
+    given = as_tuple(name, axes)
     for axis in given:
         try:
             jax.lax.axis_size(axis)
@@ -202,7 +216,7 @@ def _axes(name: str, axes: Any) -> tuple[str, ...]:
                 f"ring_attention: {name} must name mesh axes that a jax.shard_map around "
                 f"it makes manual, {list(manual)} here; got {axis!r}"
             ) from None
-    return tuple(given)
+    return given
 
 
 def _require(condition: bool, message: str) -> None:
