@@ -47,6 +47,29 @@ def lower_plain(
         return lower(function, ctx.replace(avals_in=plain), *operands, **params)
 
 
+def lower_manual(
+    function: Callable[..., Any],
+    axes: Sequence[tuple[str, int]],
+    ctx: Any,
+    *operands: Any,
+) -> Any:
+    """As `lower_plain`, where the function names manual mesh axes, given with sizes."""
+    mesh = ctx.avals_in[0].sharding.mesh
+
+    def plain(a: Any) -> Any:
+        spec = jax.sharding.PartitionSpec(*[None] * a.ndim)
+        sharding = jax.sharding.NamedSharding(mesh, spec)
+        return _core.ShapedArray(a.shape, a.dtype, sharding=sharding)
+
+    avals = [plain(a) for a in ctx.avals_in]
+    with (
+        _mesh.use_abstract_mesh(mesh),
+        _config._check_vma(False),
+        _core.extend_axis_env_nd(axes),
+    ):
+        return lower(function, ctx.replace(avals_in=avals), *operands)
+
+
 def register_lowering(
     primitive: Primitive, rule: Rule, platform: str | None = None
 ) -> None:

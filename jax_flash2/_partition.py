@@ -238,6 +238,15 @@ class Call:
         """The call where nothing is split."""
         return list(self.local(self.spec, self._named(arrays)).values())
 
+    def on_ring(self, *arrays: jax.Array) -> list[jax.Array]:
+        """The call where a shard_map around it has split the sequence."""
+        assert self.spec.ring is not None
+        spec = dataclasses.replace(self.spec, ring=None)
+        found = _ring.run(
+            self.pass_, self.local, spec, self._named(arrays), self.spec.ring
+        )
+        return [found[a.name] for a in self.results]
+
     def share(self, lay: Layout, mesh_shape: Mapping[str, int]) -> Callable[..., Any]:
         """What one device does under a layout; mesh axes are bound where it is traced."""
         kv_heads = self.operands[1].shape[-2]

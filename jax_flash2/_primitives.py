@@ -41,6 +41,23 @@ def forward(
     return results["out"], results["lse"], results.get("largest")
 
 
+def backward(
+    spec: AttentionSpec,
+    x: Operands,
+    out: jax.Array,
+    lse: jax.Array,
+    dout: jax.Array,
+    dlse: jax.Array | None,
+    wrt: tuple[str, ...],
+) -> dict[str, jax.Array]:
+    """Gradients of query, key, value and of the operands in ``wrt``, by name.
+
+    ``dlse`` is the logsumexp's cotangent, ``(batch..., h, l)``, or None for zero.
+    """
+    rows = {"out": out, "lse": lse, "dout": dout, "dlse": dlse}
+    return bind(backward_p, x._asdict() | rows, spec=spec, wrt=wrt)
+
+
 def bind(
     primitive: Primitive,
     arrays: Named,
@@ -194,6 +211,9 @@ def _lower_over_mesh(pass_: Pass, inner: Primitive) -> Any:
             _arrays(present, avals),
             _named_arrays(pass_.results(spec, wrt), [a.shape for a in ctx.avals_out]),
         )
+        if spec.ring is not None:
+            loop = zip(spec.ring.axes, spec.ring.sizes, strict=True)
+            return _compat.lower_manual(call.on_ring, tuple(loop), ctx, *operands)
         if not mesh.explicit_axes and left_over:
             return _compat.lower_plain(call.whole, ctx, *operands)
         if mesh.explicit_axes:

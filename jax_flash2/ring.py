@@ -7,6 +7,7 @@ arrays whose length is sharded runs the ring by itself.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -50,8 +51,7 @@ def ring_attention(
         heads. Key heads that it does not divide are sent to all that need them.
       zigzag: the tokens are in the order of `zigzag`, for as many devices as
         ``axis_name`` has; then all have the same causal work. Else they are in order.
-      return_residual, forward_mode: as in `flash_attention`. forward_mode also serves
-        derivatives of second order.
+      return_residual, forward_mode: as in `flash_attention`.
       options: every other argument of `flash_attention`. Those that count tokens
         (lengths, offset, prefix, window, chunk) count those of the whole sequence, in
         its own order; segment ids are this device's part. ``bias`` and ``mask`` have
@@ -133,12 +133,17 @@ def attend(
         f"of query and {lengths[1]} of key",
     )
     ring = ring_of(ring_axes, *(Part(n, length, zigzag) for length in lengths))
-    out, lse, largest = _autodiff.attend(spec, x, forward_mode, ring)
+    spec = dataclasses.replace(spec, ring=ring)
+    out, lse, largest = _attend(spec, x, forward_mode)
     if largest is not None and n > 1:
         largest = jax.lax.pmax(jax.lax.stop_gradient(largest), ring_axes)
     if ways > 1:
         out, lse, largest = _exchange.to_length(out, lse, largest, exchange_axes)
     return out, lse, largest
+
+
+# Compiled, because a shard_map outside jit cannot run a custom_vjp.
+_attend = jax.jit(_autodiff.attend, static_argnums=(0, 2))
 
 
 def ring_of(axes: tuple[str, ...], rows: Part, keys: Part) -> Ring | None:
