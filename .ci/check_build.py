@@ -14,9 +14,8 @@ BAD = re.compile(r"C75(08|10|11|14|15|17|19)\b")
 KERNEL = re.compile(r"Compiling entry function '(\S+)' for '(\S+)'")
 SPILL = re.compile(r"(\d+) bytes spill stores, (\d+) bytes spill loads")
 MAX_BYTES = 30 * 2**20
-# Bytes. A few words may wait in local memory. Read in the SASS only for sm_90 at head_dim
-# 128: its loop over whole blocks has no local loads, its masked loop a few. The largest
-# is a tile for 99 KB devices built for sm_90, never chosen there.
+# Bytes. A few words may wait in local memory outside of the main loops, where sass.py allows
+# none. The largest is a tile for 99 KB devices built for sm_90, never chosen there.
 MAX_SPILL = 96
 
 

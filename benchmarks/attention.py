@@ -5,7 +5,8 @@ The papers' setting: 16k tokens in all, hidden size 2048 (32 heads of 64, 16 of 
 query, key and value. All contenders of a cell run in this process, in turns: rounds of at
 least 50 ms of back-to-back calls with pauses between, each round beginning with another
 contender; the median round counts. A call's time is the sum of its kernels' times on the
-device. Before anything is timed its answer is checked.
+device. Before anything is timed its answer is checked. Cells are made ready several at
+once, since that is mostly compilation, and timed while nothing else runs.
 
   python benchmarks/attention.py                                   every cell, everyone
   python benchmarks/attention.py --impls flash2_sm80 torch_flash --passes fwd --dims 128
@@ -18,6 +19,7 @@ import argparse
 import os
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -29,9 +31,11 @@ import _results
 import jax
 import jax.numpy as jnp
 import numpy as np
-from _contenders import CONTENDERS, Absent, Cell, Ready, inputs
+from _contenders import CONCURRENT, CONTENDERS, Absent, Cell, Ready, inputs
 
 ROUND_MS, PAUSE_S, ROUNDS = 50.0, 0.03, 7
+# How many cells are ready at a time: each holds about half a gigabyte a contender.
+AHEAD = 6
 # A contender may be this many times as wrong as the dense path in its own precision.
 TOLERANCE = 3.0
 
@@ -92,7 +96,9 @@ class Truth:
             out, pullback = jax.vjp(call, q, k, v)
             return [out, *pullback(dout)]
 
-        answer = jax.jit(answer, static_argnums=4)
+        # No search for the fastest product: that takes longer than the slowest.
+        options = {"xla_gpu_autotune_level": 0}
+        answer = jax.jit(answer, static_argnums=4, compiler_options=options)
         for b, h in self.spots:
             q, dout = (np.moveaxis(self._heads(arrays[i], b, h), 1, 0) for i in (0, 3))
             k, v = arrays[1][b, :, h], arrays[2][b, :, h]
@@ -102,17 +108,19 @@ class Truth:
                 if which in passes:
                     self.want[which].append((exact[part], near[part]))
 
-    def _heads(self, x: np.ndarray, b: int, h: int) -> np.ndarray:
+    def _heads(self, x: Any, b: int, h: int) -> Any:
         return x[b, :, h * self.group : (h + 1) * self.group]
 
-    def wrong(self, which: str, got: list[np.ndarray]) -> str | None:
+    def wrong(self, which: str, one: Ready) -> str | None:
         """What is wrong with a contender's results, or None."""
         names = {"fwd": ["out"], "bwd": ["dq", "dk", "dv"]}[which]
         ulp = 2.0 ** {"bfloat16": -8, "float16": -11}[self.cell.dtype]
+        got = one.results(which)
         for (b, h), (exact, near) in zip(self.spots, self.want[which], strict=True):
             for name, ref, base, full in zip(names, exact, near, got, strict=True):
                 of_query = name in ("out", "dq")
-                mine = self._heads(full, b, h) if of_query else full[b, :, h]
+                part = self._heads(full, b, h) if of_query else full[b, :, h]
+                mine = one.to_numpy(part)
                 mine = np.moveaxis(mine, 1, 0) if of_query else mine
                 largest = np.abs(ref).max()
                 allowed = TOLERANCE * np.abs(base - ref).max() + (1e-5 + ulp) * largest
@@ -125,23 +133,48 @@ class Truth:
 # -------------------------------------------------------------------------------- timing
 
 
-def prepare(cell: Cell, impls: list[str], passes: list[str]) -> dict[str, Ready]:
-    ready = {}
-    truth = Truth(cell, passes)
-    for name in impls:
+def prepare(
+    cells: list[Cell], impls: list[str], passes: list[str], pool: ThreadPoolExecutor
+) -> list[dict[str, Ready]]:
+    """Per cell the contenders whose answers are right, after their first calls."""
+    # Peers that compile in Python, or whose settings are the process's, come one by one.
+    here = [name for name in impls if name not in CONCURRENT]
+    inputs(cells[0])  # before the threads ask for it
+    truths = [pool.submit(Truth, cell, passes) for cell in cells]
+
+    def one(name: str, cell: Cell, truth: Any) -> Ready | str:
         try:
-            one = CONTENDERS[name](cell, passes)
+            ready = CONTENDERS[name](cell, passes)
             for which in passes:
-                wrong = truth.wrong(which, one.results(which))
-                if wrong:
-                    raise Absent(f"wrong answer: {wrong}")
-            ready[name] = one
+                if wrong := truth.result().wrong(which, ready):
+                    return f"wrong answer: {wrong}"
+            return ready
         except Absent as reason:
-            print(f"  {name}: {reason}", file=sys.stderr)
+            return str(reason)
         except Exception as error:  # a peer's own trouble is not ours
-            text = " ".join(str(error).split())[:200]
-            print(f"  {name}: {type(error).__name__}: {text}", file=sys.stderr)
-    return ready
+            return f"{type(error).__name__}: " + " ".join(str(error).split())[:200]
+
+    tasks = [
+        {
+            name: pool.submit(one, name, cell, truth)
+            for name in impls
+            if name in CONCURRENT
+        }
+        for cell, truth in zip(cells, truths, strict=True)
+    ]
+    found: list[dict[str, Ready]] = []
+    for cell, truth, task in zip(cells, truths, tasks, strict=True):
+        results = {name: one(name, cell, truth) for name in here}
+        results |= {name: future.result() for name, future in task.items()}
+        ready = {}
+        for name in impls:
+            result = results[name]
+            if isinstance(result, str):
+                print(f"{cell}\n  {name}: {result}", file=sys.stderr)
+            else:
+                ready[name] = result
+        found.append(ready)
+    return found
 
 
 def run_round(ready: Ready, which: str, count: int) -> _device.Kernels:
@@ -227,27 +260,41 @@ def main() -> None:
     }
     out = a.out or _results.FOLDER / gpu_folder(gpu) / "attention.json"
     commit, clock = a.commit or _results.commit(), _device.Clock()
+    todo = cells(a)
     try:
-        for cell in cells(a):
-            print(cell, file=sys.stderr, flush=True)
-            ready = prepare(cell, a.impls, a.passes)
-            for which in a.passes:
-                rows = []
-                for name, found in measure(ready, which, a.rounds, clock).items():
-                    tflops = cell.flops(which) / found["ms"] * 1e-9
-                    row = {"impl": name, "pass": which, **vars(cell)}
-                    row |= {
-                        k: v if v is None else round(v, 5) for k, v in found.items()
-                    }
-                    rows.append(row | {"tflops": round(tflops, 1), "commit": commit})
-                    print(
-                        f"  {which} {name:16} {found['ms']:9.4f} ms {tflops:6.0f}"
-                        f" TFLOP/s at {found['sm_mhz'] or 0:.0f} MHz",
-                        flush=True,
-                    )
-                _results.merge(out, meta, rows)
+        with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
+            for start in range(0, len(todo), AHEAD):
+                some = todo[start : start + AHEAD]
+                ready = prepare(some, a.impls, a.passes, pool)
+                while some:  # what is timed is let go, to make room
+                    run_cell(some.pop(0), ready.pop(0), a, clock, out, meta, commit)
     finally:
         clock.stop()
+
+
+def run_cell(
+    cell: Cell,
+    ready: dict[str, Ready],
+    a: argparse.Namespace,
+    clock: _device.Clock,
+    out: Path,
+    meta: dict[str, Any],
+    commit: str,
+) -> None:
+    print(cell, flush=True)
+    for which in a.passes:
+        rows = []
+        for name, found in measure(ready, which, a.rounds, clock).items():
+            tflops = cell.flops(which) / found["ms"] * 1e-9
+            row = {"impl": name, "pass": which, **vars(cell)}
+            row |= {k: v if v is None else round(v, 5) for k, v in found.items()}
+            rows.append(row | {"tflops": round(tflops, 1), "commit": commit})
+            print(
+                f"  {which} {name:16} {found['ms']:9.4f} ms {tflops:6.0f}"
+                f" TFLOP/s at {found['sm_mhz'] or 0:.0f} MHz",
+                flush=True,
+            )
+        _results.merge(out, meta, rows)
 
 
 def gpu_folder(name: str) -> str:

@@ -142,7 +142,7 @@ total = hashlib.sha256()
 for i in range(20):
     q, k, v = (jax.random.normal(jax.random.fold_in(x, i), (2, 333, 4, 64), jnp.bfloat16)
                for x in ks)
-    total.update(bytes(jax.device_get(chain(q, k, v))))
+    total.update(jax.device_get(chain(q, k, v)).tobytes())
 print(total.hexdigest())
 """
 
@@ -154,13 +154,14 @@ def test_command_buffers_give_the_same_bytes():
         environment = os.environ | {"XLA_FLAGS": flags}
         environment["PYTHONPATH"] = os.pathsep.join(p for p in paths if p)
         environment["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
-        return subprocess.run(
+        done = subprocess.run(
             [sys.executable, "-c", COMMAND_BUFFERS],
             env=environment,
             capture_output=True,
             text=True,
-            check=True,
-        ).stdout.split()[-1]
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        return done.stdout.split()[-1]
 
     without = run("--xla_gpu_enable_command_buffer=")
     within = run(

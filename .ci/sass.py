@@ -1,0 +1,94 @@
+"""Judges the machine code: ``sass.py CUOBJDUMP MODULE``.
+
+ptxas reports spills of a whole kernel; what matters is where they are. A loop is what lies
+between a backward branch and its target; a main loop is an innermost one with matrix
+products, and of those the shortest, since the others also mask.
+"""
+
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+FUNCTION = re.compile(r"^\s*Function : (\S+)")
+ARCHITECTURE = re.compile(r"^arch = (\S+)")
+LINE = re.compile(
+    r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:@\S+\s+)?([A-Z][A-Z0-9_]*)(\S*)\s*(.*?);"
+)
+PRODUCTS = ("HMMA", "HGMMA")
+LOCAL = ("LDL", "STL")
+
+
+@dataclass
+class Kernel:
+    name: str
+    architecture: str
+    code: list[tuple[int, str, str]]  # address, operation, operands
+
+    def main_loop(self) -> list[tuple[int, str, str]]:
+        """Its instructions; empty where no loop multiplies."""
+        found = []
+        for end, (address, operation, operands) in enumerate(self.code):
+            target = re.search(r"0x([0-9a-f]+)", operands)
+            if operation != "BRA" or target is None or int(target[1], 16) > address:
+                continue
+            body = [x for x in self.code[: end + 1] if x[0] >= int(target[1], 16)]
+            if any(operation in PRODUCTS for _, operation, _ in body):
+                found.append(body)
+        inner = [
+            a
+            for a in found
+            if not any(
+                b is not a and a[0][0] <= b[0][0] and b[-1][0] <= a[-1][0]
+                for b in found
+            )
+        ]
+        return min(inner, key=len, default=[])
+
+
+def kernels(text: str) -> Iterator[Kernel]:
+    architecture, kernel = "", None
+    for line in text.splitlines():
+        if found := ARCHITECTURE.match(line):
+            architecture = found[1]
+        elif found := FUNCTION.match(line):
+            if kernel:
+                yield kernel
+            kernel = Kernel(found[1], architecture, [])
+        elif kernel and (found := LINE.match(line)):
+            kernel.code.append((int(found[1], 16), found[2], found[4]))
+    if kernel:
+        yield kernel
+
+
+def judge(text: str) -> tuple[int, list[str]]:
+    """Number of main loops, and what is wrong in them, of a disassembly."""
+    loops, problems = 0, []
+    for kernel in kernels(text):
+        operations = [operation for _, operation, _ in kernel.main_loop()]
+        loops += bool(operations)
+        spills = sum(operation in LOCAL for operation in operations)
+        # A kernel that masks everywhere has one loop of some thousand instructions.
+        if spills > len(operations) // 350 or (spills and len(operations) < 1100):
+            problems.append(
+                f"{kernel.name} for {kernel.architecture}: {spills} accesses to local "
+                f"memory among the {len(operations)} instructions of its main loop"
+            )
+    return loops, problems
+
+
+def main() -> None:
+    cuobjdump, module = sys.argv[1:]
+    done = subprocess.run(
+        [cuobjdump, "-sass", module], capture_output=True, text=True, check=True
+    )
+    loops, problems = judge(done.stdout)
+    if loops == 0:
+        problems.append(f"{module}: no loop with matrix products was found")
+    print(f"{loops} main loops")
+    sys.exit("\n".join(problems) or 0)
+
+
+if __name__ == "__main__":
+    main()
