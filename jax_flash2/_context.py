@@ -93,9 +93,11 @@ class ContextParallel:
     def positions(self, length: int) -> jax.Array:
         """Which tokens of the sequence those here are: int32 ``(length,)``."""
         if not self.local():
-            index = jnp.arange(length, dtype=jnp.int32)
+            if not self.zigzag:
+                return jnp.arange(length, dtype=jnp.int32)
             n = _size(self._mesh(), self.ring)
-            return ring.zigzag(index, n, axis=0) if self.zigzag else index
+            self._check_zigzag(length, n)
+            return jnp.asarray(ring.zigzag_index(length, n))
         n, ways = (
             math.prod(lax.axis_size(axis) for axis in axes)
             for axes in (self.ring, self.exchange)
@@ -141,6 +143,8 @@ class ContextParallel:
             length = getattr(x, name).shape[-3]
             where = "axis_name and exchange_axis_name"
             self._check(mesh, where, self.sequence, f"{name}'s length", length)
+            if self.zigzag:
+                self._check_zigzag(length, _size(mesh, self.ring))
         if self.batch:
             batch = x.query.shape[0] if x.query.ndim > 3 else 1
             self._check(mesh, "batch_axis_name", self.batch, "batch", batch)
@@ -181,6 +185,13 @@ class ContextParallel:
             raise ValueError(
                 f"context_parallel: {what} must be a multiple of the {ways} devices of "
                 f"{where}={axes}; got {size}"
+            )
+
+    def _check_zigzag(self, length: int, devices: int) -> None:
+        if length % (2 * devices):
+            raise ValueError(
+                "context_parallel: with zigzag the length must be a multiple of 2 * "
+                f"{devices} devices of axis_name={self.ring}; got {length}"
             )
 
     def _spec(self, name: str, shape: tuple[int, ...]) -> P:

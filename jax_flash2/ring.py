@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jax_flash2 import _arguments, _autodiff, _exchange, _spec
 from jax_flash2._sequence import Part, Ring
@@ -181,6 +182,12 @@ def unzigzag(x: jax.Array, devices: int, axis: int = 1) -> jax.Array:
     """Undoes `zigzag`."""
     order = _zigzag_order(devices)
     return _reorder(x, devices, axis, sorted(range(len(order)), key=order.__getitem__))
+
+
+def zigzag_index(length: int, devices: int) -> np.ndarray:
+    """The tokens in the order of `zigzag`, as a constant."""
+    chunks = np.arange(length, dtype=np.int32).reshape(2 * devices, -1)
+    return chunks[np.array(_zigzag_order(devices))].reshape(-1)
 
 
 def _zigzag_order(devices: int) -> list[int]:
