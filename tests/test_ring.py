@@ -168,27 +168,22 @@ def test_dropout_masks_are_bitwise_equal_on_every_mesh() -> None:
     v = jnp.broadcast_to(jnp.eye(length)[:, None], (1, length, 8, length))
     want = np.asarray(flash_attention(q, k, v, **dropout)) > 0
     assert 0.4 < want.mean() < 0.6
+    at = P(None, "seq")
     for n in (1, 2, 4, 8):
         mesh = make_mesh({"seq": n})
-        placed = [
-            jax.device_put(a, NamedSharding(mesh, P(None, "seq"))) for a in (q, k, v)
-        ]
-        exchange = functools.partial(
-            ring_attention, exchange_axis_name="seq", **dropout
-        )
-        at = P(None, "seq")
-        runs = [
-            functools.partial(flash_attention, **dropout),
-            jax.shard_map(exchange, mesh=mesh, in_specs=at, out_specs=at),
-        ]
-        if n in (2, 4):
+        placed = [jax.device_put(a, NamedSharding(mesh, at)) for a in (q, k, v)]
+        runs = [functools.partial(flash_attention, **dropout)]
+        if n == 4:
             runs.append(on_ring(mesh, order=True, **dropout))
+        if n == 8:
+            run = functools.partial(ring_attention, exchange_axis_name="seq", **dropout)
+            runs.append(jax.shard_map(run, mesh=mesh, in_specs=at, out_specs=at))
         for run in runs:
             got = np.asarray(jax.jit(run)(*placed)) > 0
             np.testing.assert_array_equal(got, want)
 
 
-@pytest.mark.parametrize("order", [False, True])
+@pytest.mark.parametrize("order", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_the_logsumexp_and_its_gradient_cross_the_ring(order: bool) -> None:
     x, sequence = arrays(), P(None, "seq")
     results = dict(is_causal=True, return_residual=True, return_max_logit=True)
@@ -208,7 +203,9 @@ def test_the_logsumexp_and_its_gradient_cross_the_ring(order: bool) -> None:
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+@pytest.mark.parametrize(
+    "dtype", [jnp.bfloat16, pytest.param(jnp.float32, marks=pytest.mark.slow)]
+)
 def test_blocks_are_merged_as_accurately_as_the_single_call(dtype: Any) -> None:
     """By the rule for all results: twice the single call's error, and 1e-5."""
     x = [a.astype(dtype) for a in arrays(1, 128, 2, 1, 32)]
@@ -255,7 +252,9 @@ def derivatives(function: Any, forward: Any) -> Any:
     return [jax.grad(f, (0, 1, 2)) for f in (slope, speed)], x
 
 
-@pytest.mark.parametrize("kind", ["jit", "ring", "zigzag"])
+@pytest.mark.parametrize(
+    "kind", ["jit", "ring", pytest.param("zigzag", marks=pytest.mark.slow)]
+)
 def test_second_order_and_forward_mode_cross_the_ring(kind: str) -> None:
     mesh = make_mesh({"seq": 2})
     options: Any = dict(is_causal=True, logits_soft_cap=3.0)

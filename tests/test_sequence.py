@@ -176,7 +176,7 @@ def meets(layout: Layout, options: Options) -> bool:
 
 
 PAIRS = [
-    pytest.param(name, other, marks=[pytest.mark.slow] if (i + j) % 2 else [])
+    pytest.param(name, other, marks=[pytest.mark.slow] if (i + j) % 4 else [])
     for i, name in enumerate(LAYOUTS)
     for j, other in enumerate(OPTIONS)
     if meets(LAYOUTS[name], OPTIONS[other])
