@@ -179,8 +179,6 @@ struct BackwardStorer {
           float* sums = params.dquery_sums + row * p.head_dim;
           if (kT.transposed()) {
             add(sums + 64 * kT.tile_q * consumer, from, kT.stage_bytes(), before == 0);
-          } else if (kByRows && p.head_dim == kT.head_dim) {
-            add(sums, from, kT.stage_bytes(), before == 0);
           } else {
             // Strips of 16 rows, one of each warp of the consumer: 8 blocks of 8 columns, or
             // fewer.
