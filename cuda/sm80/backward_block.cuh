@@ -53,8 +53,6 @@ struct BackwardBlock {
   int lane, warp;
   int key_warp, split;  // the warp's place along the keys, and along queries or columns
   BackwardWork<kTileQ, kTileKv> work;
-  const int* query_ids = nullptr;
-  const int* key_ids = nullptr;
   int group, total;
 
   // A tile of queries of one head, and the stage that it lies in.
@@ -85,13 +83,11 @@ struct BackwardBlock {
         work(params, tile_number(params, ds)) {
     if constexpr (kGeneral) {
       if (p.query_segment_ids.data) {
-        query_ids = p.query_segment_ids.row(work.batch);
-        key_ids = p.key_value_segment_ids.row(work.batch);
         if (!params.turns && work.first_q < work.end_q) {
           const Interval rows = segment_keys<kWarps>(
-              key_ids, query_ids, work.key0,
-              min(work.key0 + kTileKv, work.visibility.kv_length) - 1, work.first_q * kTileQ,
-              min(work.end_q * kTileQ, work.q_length), ds);
+              p.key_value_segment_ids.row(work.batch), p.query_segment_ids.row(work.batch),
+              work.key0, min(work.key0 + kTileKv, work.visibility.kv_length) - 1,
+              work.first_q * kTileQ, min(work.end_q * kTileQ, work.q_length), ds);
           work.first_q = max(work.first_q, rows.begin / kTileQ);
           work.end_q = min(work.end_q, (rows.end + kTileQ - 1) / kTileQ);
         }
@@ -278,8 +274,10 @@ struct BackwardBlock {
 #pragma unroll
         for (int e = 0; e < kM * kN * 4; ++e) all[e] = cap_score(all[e], p.soft_cap);
       }
-      if (query_ids) {
-        mask_key_ids<kStride>(s, query_ids + row0, work.q_length - row0, key_ids + key0,
+      if (p.query_segment_ids.data) {
+        const int batch = ptx::opaque(work.batch);  // no register is left to keep pointers
+        mask_key_ids<kStride>(s, p.query_segment_ids.row(batch) + row0, work.q_length - row0,
+                              p.key_value_segment_ids.row(batch) + key0,
                               work.visibility.kv_length - key0);
       }
     } else if (factor() < 0.0f) {

@@ -1,13 +1,17 @@
 """What is the backward's alone: determinism, one cotangent at a time, and what it lacks."""
 
+import os
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import pytest
-from harness import check, evaluate, gpu_case
+from harness import FORCED, check, evaluate, gpu_case
 
 from cases import Inputs, results
 from compare import assert_bitwise_equal, assert_follows_the_rule
-from jax_flash2 import _ffi
+from jax_flash2 import _ffi, flash_attention
 
 DIMS = (64, 128, 256)
 GRADIENTS = ("dquery", "dkey", "dvalue")
@@ -76,3 +80,65 @@ def test_a_gradient_that_the_kernels_lack_runs_in_plain_jax(monkeypatch):
     with pytest.warns(UserWarning, match="no gradient of alibi_slopes"):
         ours = results(inputs, None)
     assert_follows_the_rule(inputs, ours)
+
+
+# ------------------------------------------------------------------- what XLA makes of it
+
+
+@pytest.mark.parametrize("head_dim", [64, 72, 256])
+def test_no_copies_of_what_the_backward_takes_and_gives(head_dim):
+    inputs = gpu_case(head_dim=head_dim).inputs()
+    call = lambda *x: flash_attention(*x, is_causal=True, implementation=FORCED)  # noqa: E731
+    arrays = [inputs.wrt[name] for name in ("query", "key", "value")]
+    _, pullback = jax.jit(lambda *x: jax.vjp(call, *x))(*arrays)
+    run = jax.jit(lambda pullback, dout: pullback(dout))
+    text = run.lower(pullback, inputs.cotangents[0]).compile().as_text()
+    assert f'custom_call_target="{_ffi.BACKWARD}"' in text
+    for word in (" copy(", " transpose(", " broadcast(", " pad(", "fusion("):
+        assert word not in text, text
+
+
+COMMAND_BUFFERS = """
+import hashlib, jax, jax.numpy as jnp
+from jax_flash2 import flash_attention
+def chain(q, k, v):
+    for window in (None, 5, 64, 100, None, 7, 9, 50):
+        q = flash_attention(q, k, v, is_causal=True, local_window_size=window,
+                            implementation="cuda_sm80", deterministic_backward=True)
+    return q
+@jax.jit
+def gradients(q, k, v):
+    return jax.vjp(chain, q, k, v)[1](q)
+ks = jax.random.split(jax.random.key(0), 3)
+total = hashlib.sha256()
+for i in range(10):
+    x = [jax.random.normal(jax.random.fold_in(k, i), (2, 333, 4, 64), jnp.bfloat16)
+         for k in ks]
+    for g in jax.device_get(gradients(*x)):
+        total.update(g.tobytes())
+print(total.hexdigest())
+"""
+
+
+def test_command_buffers_give_the_same_gradients():
+    def run(flags):
+        package = os.path.dirname(os.path.dirname(_ffi.__file__))
+        paths = [package, *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+        environment = os.environ | {"XLA_FLAGS": flags}
+        environment["PYTHONPATH"] = os.pathsep.join(p for p in paths if p)
+        environment["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
+        done = subprocess.run(
+            [sys.executable, "-c", COMMAND_BUFFERS],
+            env=environment,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        return done.stdout.split()[-1]
+
+    without = run("--xla_gpu_enable_command_buffer=")
+    within = run(
+        "--xla_gpu_enable_command_buffer=FUSION,CUSTOM_CALL "
+        "--xla_gpu_graph_min_graph_size=1"
+    )
+    assert within == without
