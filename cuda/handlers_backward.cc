@@ -95,7 +95,7 @@ Error backward(cudaStream_t stream, int32_t ordinal, AnyBuffer query, AnyBuffer 
 
   Device device;
   FLASH2_CUDA(query_device(ordinal, &device));
-  const BackwardPlan plan = plan_backward(device, p);
+  const BackwardPlan plan = plan_backward(device, p, attributes.family);
   FLASH2_RETURN_IF_ERROR(judge(plan.status, query, key, value, p, device));
   FLASH2_CHECK(static_cast<int64_t>(workspace->size_bytes()) >= plan.workspace.bytes)
       << "the workspace must hold " << plan.workspace.bytes << " bytes; got " << *workspace;

@@ -24,4 +24,7 @@ struct Array {
 // about a microsecond and allocates nothing. Returns a cudaError_t.
 int encode_tensor_map(const Array& array, DataType type, int rows, CUtensorMap* map);
 
+// Describes float32 numbers per row, [heads, length], contiguous, with boxes of `rows` rows.
+int encode_row_map(const float* data, int64_t heads, int64_t length, int rows, CUtensorMap* map);
+
 }  // namespace flash2

@@ -267,7 +267,7 @@ def backward(
     if rows.get("dlse") is not None:
         operands["dlse"] = jnp.broadcast_to(rows["dlse"], row_values.shape)
     deterministic = bool(spec.deterministic_backward)
-    workspace = _workspace_bytes(batch, heads, length, query.shape[-1], deterministic)
+    workspace = _workspace_bytes(batch, heads, length, query.shape[-1])
     grads = [(query, head_dim), (key, head_dim), (value, x.value.shape[-1])]
     results = jax.ffi.ffi_call(
         BACKWARD,

@@ -18,8 +18,9 @@ __device__ __forceinline__ uint32_t opaque(uint32_t value) {
   return value;
 }
 
-// Tests build with FLASH2_PERTURB: warps then sleep for up to 2 us, by the clock, wherever they
-// meet others, so that what depends on their order shows.
+// Tests build with JAX_FLASH2_PERTURB: warps then sleep for up to 2 us, by the clock, wherever they
+// wait for others, so that what depends on their order shows. Not where single lanes arrive: a sleep
+// in a branch makes the assembler serialise wgmma (C7520).
 __device__ __forceinline__ void perturb() {
 #ifdef FLASH2_PERTURB
   uint32_t clock;
@@ -49,6 +50,13 @@ __device__ __forceinline__ uint32_t pack(float low, float high) {
   return packed;
 }
 
+// As pack<kFloat16>, of numbers that are not negative.
+__device__ __forceinline__ uint32_t pack_positive(float low, float high) {
+  uint32_t packed;
+  asm("cvt.rn.relu.f16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
+  return packed;
+}
+
 // The two numbers of a packed word. PTX ISA 9.7.9, cvt; a bfloat16 is a float's upper half.
 template <DataType kType>
 __device__ __forceinline__ float2 unpack(uint32_t packed) {
@@ -67,6 +75,11 @@ __device__ __forceinline__ float2 unpack(uint32_t packed) {
 // PTX ISA 9.7.9, st.shared.
 __device__ __forceinline__ void store_shared(uint32_t address, uint32_t value) {
   asm volatile("st.shared.b32 [%0], %1;" ::"r"(address), "r"(value) : "memory");
+}
+
+__device__ __forceinline__ void store_shared_2(uint32_t address, uint32_t value) {
+  asm volatile("st.shared.b16 [%0], %1;" ::"r"(address), "h"(static_cast<uint16_t>(value))
+               : "memory");
 }
 
 // PTX ISA 9.7.9, ld.shared.
@@ -105,7 +118,7 @@ __device__ __forceinline__ void add_global(float* address, float value) {
   asm volatile("red.relaxed.gpu.global.add.f32 [%0], %1;" ::"l"(address), "f"(value) : "memory");
 }
 
-#if __CUDA_ARCH__ >= 900
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
 __device__ __forceinline__ void add_global_4(float* address, const float (&v)[4]) {
   asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(address),
                "f"(v[0]), "f"(v[1]), "f"(v[2]), "f"(v[3])

@@ -12,7 +12,6 @@ __device__ __forceinline__ void mbarrier_init(uint32_t barrier, uint32_t count) 
 }
 
 __device__ __forceinline__ void mbarrier_arrive(uint32_t barrier) {
-  perturb();
   asm volatile("{\n.reg .b64 state;\nmbarrier.arrive.shared.b64 state, [%0];\n}" ::"r"(barrier)
                : "memory");
 }
@@ -59,7 +58,6 @@ __device__ __forceinline__ void mbarrier_init_fence() {
 
 // Arrives, and adds `bytes` to what copies must bring before the phase is over.
 __device__ __forceinline__ void mbarrier_arrive_expect(uint32_t barrier, uint32_t bytes) {
-  perturb();
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
                : "memory");
 }

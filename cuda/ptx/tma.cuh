@@ -55,6 +55,16 @@ __device__ __forceinline__ void tma_load_multicast(uint32_t shared, const CUtens
       : "memory");
 }
 
+// The same of a map with two axes, [length, heads] of float32, without a swizzle.
+__device__ __forceinline__ void tma_load_rows(uint32_t shared, const CUtensorMap* map,
+                                              uint32_t barrier, int row, int head) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], "
+      "[%1, {%3, %4}], [%2];" ::"r"(shared),
+      "l"(map), "r"(barrier), "r"(row), "r"(head)
+      : "memory");
+}
+
 // A box from shared memory; joins this thread's open bulk group.
 __device__ __forceinline__ void tma_store(const CUtensorMap* map, uint32_t shared, int column,
                                           int row, int head, int batch) {

@@ -50,13 +50,18 @@ __device__ __forceinline__ void store_matrix_x4_transposed(uint32_t address,
 }
 
 // Programmatic dependent launch: the next kernel of the stream may start; everything that the
-// kernels before have written is visible. PTX ISA 9.7.13.13, griddepcontrol.
+// kernels before have written is visible. PTX ISA 9.7.13.13, griddepcontrol. Before 9.0 no kernel
+// starts early.
 __device__ __forceinline__ void launch_dependents() {
+#if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
 }
 
 __device__ __forceinline__ void wait_prerequisites() {
+#if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
 }
 
 }  // namespace flash2::ptx
