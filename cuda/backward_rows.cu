@@ -8,6 +8,7 @@
 #include "plan.h"
 #include "problem.h"
 #include "ptx/common.cuh"
+#include "ptx/warpgroup.cuh"
 #include "softmax.cuh"
 
 namespace flash2 {
@@ -21,10 +22,10 @@ struct RowBlock {
   int64_t row0w;  // in the workspace
   int q_length;   // rows at or past it have no gradient
 
-  __device__ __forceinline__ explicit RowBlock(const BackwardParams& params) {
+  __device__ __forceinline__ RowBlock(const BackwardParams& params, uint32_t number) {
     const BackwardProblem& p = params.problem;
-    const uint32_t head_of_all = params.row_blocks.divide(blockIdx.x);
-    row0 = (blockIdx.x - head_of_all * params.row_blocks.value) * kRowPadding;
+    const uint32_t head_of_all = params.row_blocks.divide(number);
+    row0 = (number - head_of_all * params.row_blocks.value) * kRowPadding;
     row0w = int64_t{head_of_all} * params.rows_per_head + row0;
     batch = params.heads_q.divide(head_of_all);
     head = head_of_all - batch * p.heads_q;
@@ -57,7 +58,8 @@ __global__ void __launch_bounds__(kPrepareThreads)
   constexpr int kLanes = kHeadDim / 8, kPass = kPrepareThreads / kLanes;
   constexpr int kPasses = kRowPadding / kPass;
   const BackwardProblem& p = params.problem;
-  const RowBlock at(params);
+  const RowBlock at(params, blockIdx.x);
+  ptx::launch_dependents();
   const int chunk = threadIdx.x % kLanes, first = threadIdx.x / kLanes;
   const char* out = of_head(p.out, p.out_stride, at) + chunk * 16;
   const char* dout = of_head(p.dout, p.dout_stride, at) + chunk * 16;
@@ -73,9 +75,11 @@ __global__ void __launch_bounds__(kPrepareThreads)
       d[i] = *reinterpret_cast<const uint4*>(dout + 2 * p.dout_stride.row * row);
     }
   }
-  float4* sums = reinterpret_cast<float4*>(params.dquery_sums + at.row0w * p.head_dim);
-  const int words = kRowPadding * p.head_dim / 4;
-  for (int i = threadIdx.x; i < words; i += kPrepareThreads) sums[i] = float4{0, 0, 0, 0};
+  if (!params.first_stores) {
+    float4* sums = reinterpret_cast<float4*>(params.dquery_sums + at.row0w * p.head_dim);
+    const int words = kRowPadding * p.head_dim / 4;
+    for (int i = threadIdx.x; i < words; i += kPrepareThreads) sums[i] = float4{0, 0, 0, 0};
+  }
   if (params.turns && threadIdx.x < kRowPadding / 16) {
     params.turns[at.row0w / 16 + threadIdx.x] = 0;
   }
@@ -108,7 +112,9 @@ __global__ void __launch_bounds__(kFinishThreads)
     finish_rows(const __grid_constant__ BackwardParams params) {
   constexpr int kWarpBytes = 16 * kFinishPitch<kHeadDim>;
   __shared__ __align__(16) char shared_memory[kRowPadding / 16 * kWarpBytes];
-  const RowBlock at(params);
+  ptx::wait_prerequisites();
+  // From the last on: those sums are still in the L2 cache.
+  const RowBlock at(params, gridDim.x - 1 - blockIdx.x);
   const int strip = threadIdx.x / 32;
   static_assert(32 * kRowPadding / 16 == kFinishThreads);
   finish_strip<kHeadDim, kType>(params, at.batch, at.head, static_cast<int>(at.row0) + 16 * strip,

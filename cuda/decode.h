@@ -22,6 +22,7 @@ struct Attributes {
   int32_t window_left;
   int32_t window_right;
   int32_t chunk_size;
+  int32_t family;  // of the kernels; 0: the fastest that serve the call
 };
 
 // XLA makes the device current before it calls us, but does not promise it.

@@ -35,4 +35,19 @@ struct DquerySums {
   }
 };
 
+// Where a tile's dQ comes as its transpose: tiles of 80 rows, in each 64 columns of dQ after the
+// other 64, and of these the accumulators of 16 columns x 8 rows, rows first.
+struct TransposedSums {
+  static constexpr int kRows = 80, kColumns = 128;
+  const float* head;
+
+  // Of rows [row0, row0 + 8), columns 16 part to 16 part + 15: (row 2 q, column g), (row 2 q + 1,
+  // same), (row 2 q, column g + 8), (row 2 q + 1, same) for q = lane % 4, g = lane / 4.
+  __device__ __forceinline__ float4 load(int row0, int part, int lane) const {
+    const float* tile = head + int64_t{row0 / kRows} * (kRows * kColumns);
+    const float* block = tile + part * (16 * kRows) + row0 % kRows / 8 * 128;
+    return __ldcg(reinterpret_cast<const float4*>(block) + lane);
+  }
+};
+
 }  // namespace flash2

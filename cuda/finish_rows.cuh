@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "dquery_sums.cuh"
+#include "mask.cuh"
 #include "params.h"
 #include "problem.h"
 #include "ptx/common.cuh"
@@ -14,6 +15,28 @@ namespace flash2 {
 // memory: sums come in the order of accumulators.
 template <int kHeadDim>
 inline constexpr int kFinishPitch = kHeadDim * 2 + 16;
+
+// To shared memory from sums that lie transposed, times `scale`.
+template <int kHeadDim, DataType kType>
+__device__ __forceinline__ void turn_strip(const TransposedSums& sums, int row0, float scale,
+                                           uint32_t shared) {
+  constexpr int kPitch = kFinishPitch<kHeadDim>;
+  const int lane = threadIdx.x % 32;
+  float4 v[16];
+#pragma unroll
+  for (int i = 0; i < 16; ++i) v[i] = sums.load(row0 + i % 2 * 8, i / 2, lane);
+#pragma unroll
+  for (int i = 0; i < 16; ++i) {
+    const int row = i % 2 * 8 + lane % 4 * 2, column = i / 2 * 16 + lane / 4;
+    const uint32_t place = shared + row * kPitch + column * 2;
+    const uint32_t left = ptx::pack<kType>(v[i].x * scale, v[i].y * scale);
+    const uint32_t right = ptx::pack<kType>(v[i].z * scale, v[i].w * scale);
+    ptx::store_shared_2(place, left);
+    ptx::store_shared_2(place + kPitch, left >> 16);
+    ptx::store_shared_2(place + 16, right);
+    ptx::store_shared_2(place + kPitch + 16, right >> 16);
+  }
+}
 
 template <int kHeadDim, DataType kType>
 __device__ __forceinline__ void finish_strip(const BackwardParams& params, int batch, int head,
@@ -33,14 +56,31 @@ __device__ __forceinline__ void finish_strip(const BackwardParams& params, int b
            2 * (batch * stride.batch + head * stride.head + row0 * stride.row);
   };
   const char* query = rows_of(p.query, p.query_stride);
+  // Sums that nobody has stored stand for zeros.
+  bool stored = true;
+  if (params.first_stores) {
+    int q_length = p.seq_q;
+    if (p.query_seq_lengths.data) q_length = min(q_length, p.query_seq_lengths.at(batch));
+    const int last = min(row0 + 16, q_length) - 1;
+    stored = BlockRange<128>(p, Visibility(p, batch), row0, last).total > 0;
+  }
   float dscale[2] = {0.0f, 0.0f};
+  bool transposed = false;
+  if constexpr (kHeadDim == TransposedSums::kColumns) {
+    transposed = params.transposed_sums;
+    if (transposed) {
+      const float* all = params.dquery_sums + head_of_all * params.rows_per_head * p.head_dim;
+      turn_strip<kHeadDim, kType>(TransposedSums{all}, row0, scale, shared);
+    }
+  }
 #pragma unroll 1
-  for (int first = 0; first < p.head_dim / 8; first += kTogether) {
+  for (int first = 0; !transposed && first < p.head_dim / 8; first += kTogether) {
     float4 v[kTogether];
 #pragma unroll
     for (int i = 0; i < kTogether; ++i) {
       v[i] = float4{0, 0, 0, 0};
-      if (first + i < p.head_dim / 8) v[i] = DquerySums{sums + (first + i) * 128}.load(lane);
+      if (stored && first + i < p.head_dim / 8)
+        v[i] = DquerySums{sums + (first + i) * 128}.load(lane);
     }
 #pragma unroll
     for (int i = 0; i < kTogether; ++i) {

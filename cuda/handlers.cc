@@ -14,14 +14,12 @@
 
 namespace ffi = xla::ffi;
 
-XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(flash2::Attributes,
-                                      xla::ffi::StructMember<std::string_view>("operands"),
-                                      xla::ffi::StructMember<float>("scale"),
-                                      xla::ffi::StructMember<float>("soft_cap"),
-                                      xla::ffi::StructMember<bool>("is_causal"),
-                                      xla::ffi::StructMember<int32_t>("window_left"),
-                                      xla::ffi::StructMember<int32_t>("window_right"),
-                                      xla::ffi::StructMember<int32_t>("chunk_size"));
+XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(
+    flash2::Attributes, xla::ffi::StructMember<std::string_view>("operands"),
+    xla::ffi::StructMember<float>("scale"), xla::ffi::StructMember<float>("soft_cap"),
+    xla::ffi::StructMember<bool>("is_causal"), xla::ffi::StructMember<int32_t>("window_left"),
+    xla::ffi::StructMember<int32_t>("window_right"), xla::ffi::StructMember<int32_t>("chunk_size"),
+    xla::ffi::StructMember<int32_t>("family"));
 
 namespace flash2 {
 namespace {
@@ -45,8 +43,8 @@ Error decode(AnyBuffer query, AnyBuffer key, AnyBuffer value, AnyBuffer out, Any
   return Error::Success();
 }
 
-// Operands: query, key, value, then what `operands` names. Results: out, lse and, where the plan
-// wants one, a workspace.
+// Operands: query, key, value, then what `operands` names. Results: out, lse and a workspace, of
+// which the plan may want nothing.
 Error forward(cudaStream_t stream, int32_t ordinal, AnyBuffer query, AnyBuffer key,
               AnyBuffer value, ffi::RemainingArgs sides, Result<AnyBuffer> out,
               Result<AnyBuffer> lse, ffi::RemainingRets workspaces, const Attributes& attributes) {
@@ -58,7 +56,7 @@ Error forward(cudaStream_t stream, int32_t ordinal, AnyBuffer query, AnyBuffer k
 
   Device device;
   FLASH2_CUDA(query_device(ordinal, &device));
-  const ForwardPlan plan = plan_forward(device, problem);
+  const ForwardPlan plan = plan_forward(device, problem, attributes.family);
   FLASH2_RETURN_IF_ERROR(judge(plan.status, query, key, value, problem, device));
   if (plan.empty) return Error::Success();
 
@@ -95,7 +93,7 @@ XLA_FFI_DEFINE_HANDLER(kForward, forward,
 
 }  // namespace
 
-const Registration kRegistrations[2] = {{"flash2_forward_v1", kForward},
+const Registration kRegistrations[2] = {{"flash2_forward_v2", kForward},
                                         {"flash2_backward_v1", kBackward}};
 
 }  // namespace flash2

@@ -18,9 +18,10 @@ struct BackwardAttributes : Attributes {
   bool deterministic;
 
   BackwardAttributes(std::string_view operands, float scale, float soft_cap, bool is_causal,
-                     int32_t window_left, int32_t window_right, int32_t chunk_size,
+                     int32_t window_left, int32_t window_right, int32_t chunk_size, int32_t family,
                      bool deterministic)
-      : Attributes{operands, scale, soft_cap, is_causal, window_left, window_right, chunk_size},
+      : Attributes{operands,    scale,        soft_cap,   is_causal,
+                   window_left, window_right, chunk_size, family},
         deterministic(deterministic) {}
 };
 
@@ -32,7 +33,7 @@ XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(
     xla::ffi::StructMember<float>("scale"), xla::ffi::StructMember<float>("soft_cap"),
     xla::ffi::StructMember<bool>("is_causal"), xla::ffi::StructMember<int32_t>("window_left"),
     xla::ffi::StructMember<int32_t>("window_right"), xla::ffi::StructMember<int32_t>("chunk_size"),
-    xla::ffi::StructMember<bool>("deterministic"));
+    xla::ffi::StructMember<int32_t>("family"), xla::ffi::StructMember<bool>("deterministic"));
 
 namespace flash2 {
 namespace {
@@ -94,7 +95,7 @@ Error backward(cudaStream_t stream, int32_t ordinal, AnyBuffer query, AnyBuffer 
 
   Device device;
   FLASH2_CUDA(query_device(ordinal, &device));
-  const BackwardPlan plan = plan_backward(device, p);
+  const BackwardPlan plan = plan_backward(device, p, attributes.family);
   FLASH2_RETURN_IF_ERROR(judge(plan.status, query, key, value, p, device));
   FLASH2_CHECK(static_cast<int64_t>(workspace->size_bytes()) >= plan.workspace.bytes)
       << "the workspace must hold " << plan.workspace.bytes << " bytes; got " << *workspace;

@@ -62,10 +62,11 @@ int query_device(int ordinal, Device* device) {
   return cudaSuccess;
 }
 
-int launch_forward(const ForwardProblem& problem, const ForwardPlan& plan, void* /*workspace*/,
+int launch_forward(const ForwardProblem& problem, const ForwardPlan& plan, void* workspace,
                    CUstream_st* stream) {
   if (plan.status != PlanStatus::kOk) return cudaErrorInvalidValue;
   if (plan.empty) return cudaSuccess;
+  if (plan.family == 90) return sm90::launch_forward(problem, plan, workspace, stream);
   const bool bfloat16 = problem.data_type == DataType::kBFloat16;
   const void* kernel =
       bfloat16 ? find_kernel<DataType::kBFloat16>(plan) : find_kernel<DataType::kFloat16>(plan);
@@ -77,14 +78,7 @@ int launch_forward(const ForwardProblem& problem, const ForwardPlan& plan, void*
       error != cudaSuccess) {
     return error;
   }
-  const uint32_t tiles_q = plan.tiles_q, section = plan.section;
-  ForwardParams params{problem,
-                       tiles_q,
-                       static_cast<uint32_t>(problem.batch) * problem.heads_q,
-                       Divisor(section),
-                       Divisor(section * tiles_q),
-                       Divisor(problem.heads_q),
-                       Divisor(problem.heads_q / problem.heads_kv)};
+  ForwardParams params = make_params(problem, plan);
   void* arguments[] = {&params};
   return cudaLaunchKernel(kernel, dim3(plan.grid), dim3(plan.block), arguments, plan.smem_bytes,
                           stream);

@@ -1,10 +1,13 @@
-// What the launches of the passes share.
+// What the launches of passes and families share.
 #pragma once
 
 #include <cuda_runtime_api.h>
 
 #include <atomic>
 #include <cstdint>
+
+#include "plan.h"
+#include "problem.h"
 
 namespace flash2 {
 
@@ -33,4 +36,11 @@ class SmemAllowance {
   std::atomic<uint64_t> done_[kMaxDevices] = {};
 };
 
+namespace sm90 {
+
+// launch_forward for a plan of this family.
+int launch_forward(const ForwardProblem& problem, const ForwardPlan& plan, void* workspace,
+                   CUstream_st* stream);
+
+}  // namespace sm90
 }  // namespace flash2

@@ -1,5 +1,7 @@
 // Enqueues the three kernels of a backward: launch.cc's counterpart.
 
+#include "sm90/launch_backward.h"
+
 #include <cuda_runtime_api.h>
 
 #include <algorithm>
@@ -42,15 +44,18 @@ int launch_backward(const BackwardProblem& problem, const BackwardPlan& plan, vo
   const bool bfloat16 = problem.data_type == DataType::kBFloat16;
   const BackwardWorkspace& w = plan.workspace;
   char* base = static_cast<char*>(workspace);
+  const bool hopper = plan.family == 90;
   // Without query rows nothing is added, and nobody would set the counters to 0.
-  const bool deterministic = problem.deterministic && plan.rows_grid != 0;
+  const bool waits = (hopper || problem.deterministic) && plan.rows_grid != 0;
   BackwardParams params{problem,
                         reinterpret_cast<float*>(base + w.dquery),
                         reinterpret_cast<float*>(base + w.lse2),
                         reinterpret_cast<float*>(base + w.delta),
-                        deterministic ? reinterpret_cast<int32_t*>(base + w.turns) : nullptr,
+                        waits ? reinterpret_cast<int32_t*>(base + w.turns) : nullptr,
                         reinterpret_cast<int32_t*>(base + w.finished),
                         reinterpret_cast<int32_t*>(base + w.ticket),
+                        plan.first_stores,
+                        plan.transposed_sums,
                         plan.finish_inside,
                         static_cast<uint32_t>(w.rows_per_head),
                         static_cast<uint32_t>(plan.tiles_kv),
@@ -61,15 +66,29 @@ int launch_backward(const BackwardProblem& problem, const BackwardPlan& plan, vo
                         divisor(w.rows_per_head / kRowPadding),
                         divisor(problem.heads_q)};
   void* arguments[] = {&params};
-  const auto rows = [&](const void* kernel, int threads) {
+  // `early`: may begin, as far as it waits by itself, before the kernel before it has ended.
+  const auto rows = [&](const void* kernel, int threads, bool early) {
     if (plan.rows_grid == 0) return cudaSuccess;
     if (kernel == nullptr) return cudaErrorInvalidDeviceFunction;
-    return cudaLaunchKernel(kernel, dim3(plan.rows_grid), dim3(threads), arguments, 0, stream);
+    cudaLaunchAttribute attribute = {};
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config = {};
+    config.gridDim = dim3(plan.rows_grid);
+    config.blockDim = dim3(threads);
+    config.stream = stream;
+    config.attrs = &attribute;
+    config.numAttrs = early ? 1 : 0;
+    return cudaLaunchKernelExC(&config, kernel, arguments);
   };
 
-  cudaError_t error = rows(prepare_rows_kernel(problem.data_type, plan.head_dim), kPrepareThreads);
+  cudaError_t error =
+      rows(prepare_rows_kernel(problem.data_type, plan.head_dim), kPrepareThreads, false);
   if (error != cudaSuccess) return error;
-  if (plan.grid != 0) {
+  if (hopper) {
+    const int failed = sm90::launch_backward(problem, plan, params, stream);
+    if (failed != cudaSuccess) return failed;
+  } else if (plan.grid != 0) {
     const void* kernel =
         bfloat16 ? find_kernel<DataType::kBFloat16>(plan) : find_kernel<DataType::kFloat16>(plan);
     if (kernel == nullptr) return cudaErrorInvalidDeviceFunction;
@@ -83,7 +102,7 @@ int launch_backward(const BackwardProblem& problem, const BackwardPlan& plan, vo
     if (error != cudaSuccess) return error;
   }
   if (plan.finish_inside) return cudaSuccess;
-  return rows(finish_rows_kernel(problem.data_type, plan.head_dim), kFinishThreads);
+  return rows(finish_rows_kernel(problem.data_type, plan.head_dim), kFinishThreads, hopper);
 }
 
 }  // namespace flash2

@@ -27,6 +27,7 @@ struct Visibility {
   int prefix;
   int kv_length;
 
+  Visibility() = default;
   __device__ __forceinline__ Visibility(const Problem& p, int batch) {
     int64_t position = p.query_offset;
     if (p.query_offset_operand.data) position += p.query_offset_operand.at(batch);
@@ -52,6 +53,22 @@ struct Visibility {
       keys.end = min(keys.end, first + p.chunk_size);
     }
     return keys;
+  }
+
+  // The other way round: the query rows, of q_length, that see a key below kv_length. Both ends
+  // rise with the key.
+  __device__ __forceinline__ Interval column(const Problem& p, int key, int q_length) const {
+    const int row = key - offset;  // that stands at the key
+    Interval rows{0, q_length};
+    if (p.window_left != kUnbounded) rows.end = min(rows.end, row + p.window_left + 1);
+    if (p.window_right != kUnbounded) rows.begin = max(0, row - p.window_right);
+    if (p.is_causal && key >= prefix) rows.begin = max(rows.begin, row);
+    if (p.chunk_size > 0) {
+      const int first = key / p.chunk_size * p.chunk_size - offset;
+      rows.begin = max(rows.begin, first);
+      rows.end = min(rows.end, first + p.chunk_size);
+    }
+    return rows;
   }
 };
 

@@ -37,9 +37,8 @@ nb::tuple driver_cuda() {
   return nb::make_tuple(version / 1000, version % 1000 / 10);
 }
 
-int64_t backward_workspace_bytes(int64_t batch, int64_t heads_q, int64_t seq_q, int64_t head_dim,
-                                 bool deterministic) {
-  return flash2::backward_workspace(batch, heads_q, seq_q, head_dim, deterministic).bytes;
+int64_t backward_workspace_bytes(int64_t batch, int64_t heads_q, int64_t seq_q, int64_t head_dim) {
+  return flash2::backward_workspace(batch, heads_q, seq_q, head_dim).bytes;
 }
 
 }  // namespace

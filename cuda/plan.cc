@@ -5,6 +5,7 @@
 
 #include "problem.h"
 #include "sm80/tiles.h"
+#include "sm90/choose.h"
 
 namespace flash2 {
 namespace {
@@ -31,6 +32,21 @@ int choose_tile(const Device& device, int bucket) {
     if (tile.blocks_per_sm * (tile.smem_bytes() + kReservedSmem) <= device.smem_per_sm) break;
   }
   return chosen;
+}
+
+void choose_sm80_tile(const Device& device, const ForwardProblem& p, ForwardPlan* plan) {
+  plan->variant = choose_tile(device, plan->head_dim);
+  if (plan->variant < 0) {
+    plan->status = PlanStatus::kDeviceTooOld;
+    return;
+  }
+  const ForwardTile& tile = kForwardTiles[plan->variant];
+  plan->general = p.soft_cap > 0.0f || p.alibi_slopes.data || p.query_segment_ids.data;
+  plan->tile_q = tile.tile_q();
+  plan->tile_kv = tile.tile_kv;
+  plan->stages = 2;
+  plan->block = tile.threads();
+  plan->smem_bytes = tile.smem_bytes();
 }
 
 }  // namespace
@@ -91,7 +107,7 @@ const char* describe(PlanStatus status) {
   return "unknown status";
 }
 
-ForwardPlan plan_forward(const Device& device, const ForwardProblem& p) {
+ForwardPlan plan_forward(const Device& device, const ForwardProblem& p, int32_t family) {
   ForwardPlan plan;
   plan.status = check_problem(device, p);
   if (plan.status == PlanStatus::kOk &&
@@ -102,18 +118,12 @@ ForwardPlan plan_forward(const Device& device, const ForwardProblem& p) {
 
   const int32_t widest = std::max(p.head_dim, p.head_dim_v);
   plan.head_dim = widest <= 64 ? 64 : widest <= 128 ? 128 : 256;
-  plan.variant = choose_tile(device, plan.head_dim);
-  if (plan.variant < 0) {
-    plan.status = PlanStatus::kDeviceTooOld;
-    return plan;
+  if (family != 80 && sm90::serves(device, p)) {
+    sm90::choose_tile(p, &plan);
+  } else {
+    choose_sm80_tile(device, p, &plan);
   }
-  const ForwardTile& tile = kForwardTiles[plan.variant];
-  plan.general = p.soft_cap > 0.0f || p.alibi_slopes.data || p.query_segment_ids.data;
-  plan.tile_q = tile.tile_q();
-  plan.tile_kv = tile.tile_kv;
-  plan.stages = 2;
-  plan.block = tile.threads();
-  plan.smem_bytes = tile.smem_bytes();
+  if (plan.status != PlanStatus::kOk) return plan;
 
   const int64_t heads = int64_t{p.batch} * p.heads_q;
   plan.tiles_q = (p.seq_q + plan.tile_q - 1) / plan.tile_q;
@@ -124,12 +134,17 @@ ForwardPlan plan_forward(const Device& device, const ForwardProblem& p) {
   }
   plan.empty = tiles == 0;
   plan.grid = static_cast<uint32_t>(tiles);
+  if (plan.family == 90) {  // blocks that stay, one per multiprocessor
+    plan.grid = static_cast<uint32_t>(std::min<int64_t>(tiles, device.num_sms));
+    if (sm90::counts_tiles(plan)) plan.workspace_bytes = sm90::kCounterBytes;
+  }
 
   // Only where the last tiles of a head take longest is it worth walking several heads at once.
   if (p.is_causal && p.window_left == kUnbounded && p.chunk_size == 0 && !plan.empty) {
     const int64_t kv_bytes = std::max<int64_t>(
         1, 2 * int64_t{p.seq_kv} * (p.head_dim + p.head_dim_v) * p.heads_kv / p.heads_q);
     plan.section = static_cast<int32_t>(std::clamp<int64_t>(kSectionBytes / kv_bytes, 1, heads));
+    if (plan.family == 90) plan.section = std::min(plan.section, sm90::kMostSectionHeads);
   }
   return plan;
 }

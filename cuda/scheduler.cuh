@@ -1,4 +1,5 @@
-// Which query tile a block computes. The grid lies in x alone, which has room for 2^31 - 1 tiles.
+// From the number of a tile to what it is. Tiles are counted through in x alone, which has room
+// for 2^31 - 1 of them.
 #pragma once
 
 #include <cstdint>
@@ -29,12 +30,12 @@ struct SectionPlace {
   }
 };
 
-// The query tile of this block and all that is looked up or derived for it.
+// A query tile and all that is looked up or derived for it. Taken by whole warps.
 //
 // Heads are walked in sections whose keys and values fit the L2 cache together. Inside a section
 // the last tiles of all its heads come first, because under a causal mask they take longest, and
-// the hardware gives the next tile to whichever multiprocessor is free. Without such a mask a
-// section is one head, which keeps the tiles that share keys together.
+// the next tile goes to whichever multiprocessor is free. Without such a mask a section is one
+// head, which keeps the tiles that share keys together.
 template <int kTileQ, int kTileKv>
 struct ForwardWork {
   int batch;
@@ -46,8 +47,8 @@ struct ForwardWork {
   Visibility visibility;
   BlockRange<kTileKv> range;
 
-  __device__ __forceinline__ explicit ForwardWork(const ForwardParams& params)
-      : ForwardWork(params, Place(params)) {}
+  __device__ __forceinline__ ForwardWork(const ForwardParams& params, uint32_t tile)
+      : ForwardWork(params, Place(params, tile)) {}
 
  private:
   struct Place {
@@ -56,9 +57,9 @@ struct ForwardWork {
     int row0;
     int q_length;
 
-    __device__ __forceinline__ explicit Place(const ForwardParams& params) {
+    __device__ __forceinline__ Place(const ForwardParams& params, uint32_t tile) {
       const ForwardProblem& p = params.problem;
-      const SectionPlace at(blockIdx.x, params.tiles_q, params.heads, params.section,
+      const SectionPlace at(tile, params.tiles_q, params.heads, params.section,
                             params.section_tiles);
       batch = params.heads_q.divide(at.head);
       head = at.head - batch * p.heads_q;

@@ -7,6 +7,9 @@
   python examples/train_gpt.py --data my/texts --out runs/mine --steps 3000
   python examples/train_gpt.py --mesh data=2,tensor=4         on 8 GPUs, or to try it
                                                               out on one CPU
+  python examples/train_gpt.py --mesh data=2,seq=4            long sequences, split too
+  python examples/train_gpt.py --mesh seq=16 --hosts host0:1234,2,0       on host0, and
+  python examples/train_gpt.py --mesh seq=16 --hosts host0:1234,2,1       on the other
 
 It reads text as bytes and predicts each byte from those before it. DIR gets
 checkpoints, the losses (history.json, loss.png) and a sample of generated text.
@@ -14,11 +17,14 @@ checkpoints, the losses (history.json, loss.png) and a sample of generated text.
 
 import contextlib
 import dataclasses
+import functools
 import json
 import math
+import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +36,13 @@ try:
     from gpt import cli
     from gpt.config import Config, Options
     from gpt.data import START, Corpus
-    from gpt.mesh import check, make_mesh
+    from gpt.mesh import check, make_mesh, parse_hosts, place
     from gpt.model import generate
     from gpt.report import Progress, loss_curves
     from gpt.rundir import Checkpoints, History, prepare, write
     from gpt.training import Metrics, Trainer, abstract_model, peak_flops
-    from jax.sharding import Mesh
+    from jax.experimental import multihost_utils
+    from jax.sharding import Mesh, NamedSharding, PartitionSpec
 except ModuleNotFoundError as error:
     sys.exit(f'{error}. The examples need: pip install ".[examples]"')
 
@@ -43,27 +50,51 @@ except ModuleNotFoundError as error:
 def main(arguments: list[str] | None = None) -> int:
     args = cli.parse(__doc__, arguments)
     try:
-        mesh = make_mesh(args.mesh)
+        mesh = make_mesh(args.mesh, parse_hosts(args.hosts))
         device = mesh.devices.flat[0]
         default_dtype = "bfloat16" if device.platform == "gpu" else "float32"
         config, options, corpus = cli.settle(args, default_dtype)
         check_device(config, device)
         check(config, mesh)
-        prepare(
-            options.out,
-            dataclasses.asdict(config),
-            resume=options.resume,
-            overwrite=options.overwrite,
+        by_first_process(
+            lambda: prepare(
+                options.out,
+                dataclasses.asdict(config),
+                resume=options.resume,
+                overwrite=options.overwrite,
+            )
         )
     except ValueError as error:
         sys.exit(f"train_gpt.py: {error}")
     # float32 means float32: left alone, a GPU would multiply in TensorFloat-32.
     exact = jax.default_matmul_precision("highest")
-    with exact if config.dtype == "float32" else contextlib.nullcontext():
+    with contextlib.ExitStack() as stack:
+        if config.dtype == "float32":
+            stack.enter_context(exact)
+        if jax.process_index():  # one process speaks for all
+            quiet = stack.enter_context(open(os.devnull, "w"))
+            stack.enter_context(contextlib.redirect_stdout(quiet))
+            stack.enter_context(contextlib.redirect_stderr(quiet))
         try:
             return run(config, options, corpus, mesh)
         except KeyboardInterrupt:
             return 128 + signal.SIGINT
+
+
+def by_first_process(function: Callable[[], None]) -> None:
+    """Runs it on the first process; where it raises ValueError, all processes do."""
+    problem = None
+    if jax.process_index() == 0:
+        try:
+            function()
+        except ValueError as error:
+            problem = error
+    if jax.process_count() > 1:
+        failed = multihost_utils.broadcast_one_to_all(np.int32(problem is not None))
+        if failed and problem is None:
+            problem = ValueError("the first process says why")
+    if problem is not None:
+        raise problem
 
 
 def check_device(config: Config, device: Any) -> None:
@@ -98,8 +129,9 @@ def run(config: Config, options: Options, corpus: Corpus, mesh: Mesh) -> int:
         flush=True,
     )
 
-    def train_batch(step: int) -> np.ndarray:
-        return corpus.train_batch(config.seed, step, config.batch, config.length)
+    def train_batch(step: int) -> jax.Array:
+        batch = corpus.train_batch(config.seed, step, config.batch, config.length)
+        return place(batch, mesh)
 
     began = time.perf_counter()
     train_step = trainer.step.lower(state, train_batch(first)).compile()
@@ -130,7 +162,8 @@ def run(config: Config, options: Options, corpus: Corpus, mesh: Mesh) -> int:
 
     def validate(step: int) -> None:
         with progress.paused():
-            losses = [float(trainer.loss(state.params, b)) for b in validation]
+            batches = (place(batch, mesh) for batch in validation)
+            losses = [float(trainer.loss(state.params, batch)) for batch in batches]
         history.validation_step.append(step)
         history.validation_loss.append(sum(losses) / len(losses))
         progress.validated(step, history.validation_loss[-1])
@@ -155,10 +188,11 @@ def run(config: Config, options: Options, corpus: Corpus, mesh: Mesh) -> int:
                 record(*unread)
             unread = (step, metrics)
 
-            stop = interrupt.received
             last = step == config.steps
             to_validate = step % config.eval_every == 0 or last
-            to_save = step % options.checkpoint_every == 0 or last or stop
+            to_save = step % options.checkpoint_every == 0 or last
+            stop = interrupt.agreed(to_validate or to_save)
+            to_save = to_save or stop
             if to_validate or to_save:
                 record(*unread)
                 unread = None
@@ -181,25 +215,28 @@ def run(config: Config, options: Options, corpus: Corpus, mesh: Mesh) -> int:
     if first == config.steps:  # it may have been killed before it wrote them
         report(config, history, options.out)
     if options.sample:
-        text = sample(config, options, state.params)
-        write(options.out / "sample.txt", text)
+        text = sample(config, options, state.params, mesh)
+        if jax.process_index() == 0:
+            write(options.out / "sample.txt", text)
         print(f"a sample, after the prompt {options.prompt!r}:\n\n{text}")
     return 0
 
 
 def report(config: Config, history: History, out: Path) -> None:
     """Writes history.json and loss.png."""
+    if jax.process_index():
+        return
     write(out / "history.json", json.dumps(dataclasses.asdict(history)) + "\n")
     title = f"{config.preset}, {config.attention} attention, {config.dtype}"
     write(out / "loss.png", loss_curves(history, title))
 
 
-def sample(config: Config, options: Options, params: Any) -> str:
+def sample(config: Config, options: Options, params: Any, mesh: Mesh) -> str:
     """The prompt and what the model makes of it, as printable text."""
     # Flash2Attention has the cache; the other choices have the same parameters.
     graph, _ = abstract_model(dataclasses.replace(config, attention="flash2"))
 
-    @jax.jit
+    @functools.partial(jax.jit, out_shardings=NamedSharding(mesh, PartitionSpec()))
     def generated(params, prompt, key):
         model = nnx.merge(graph, params)
         return generate(model, prompt, options.sample, key, options.temperature)
@@ -207,7 +244,7 @@ def sample(config: Config, options: Options, params: Any) -> str:
     prompt = START + options.prompt.encode()
     tokens = jnp.array([list(prompt)], jnp.int32)
     more = generated(params, tokens, jax.random.key(config.seed))
-    text = options.prompt + bytes(more[0].tolist()).decode(errors="replace")
+    text = options.prompt + bytes(np.asarray(more)[0].tolist()).decode(errors="replace")
     text = text.replace(START.decode(), "\n[end of file]\n")
     return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
 
@@ -216,6 +253,15 @@ class Interrupt:
     """Makes the first Ctrl-C or SIGTERM a request; the second one stops at once."""
 
     received: int = 0
+
+    def agreed(self, now: bool) -> int:
+        """The request, if there is one. Of several processes one may have received it:
+        they ask each other only `now` and then, since that waits for the device."""
+        if jax.process_count() == 1:
+            return self.received
+        if not now:
+            return 0
+        return int(multihost_utils.process_allgather(np.int32(self.received)).max())
 
     def __enter__(self) -> "Interrupt":
         signals = (signal.SIGINT, signal.SIGTERM)

@@ -2,16 +2,22 @@
 
 from typing import Any
 
+from jax_flash2._context import ContextParallel
 from jax_flash2._ffi import build_info
 from jax_flash2.attention import flash_attention
+from jax_flash2.ring import ring_attention, unzigzag, zigzag
 
 __version__ = "0.1.0"
 __all__ = [
+    "ContextParallel",
     "Flash2Attention",
     "__version__",
     "attention_fn",
     "build_info",
     "flash_attention",
+    "ring_attention",
+    "unzigzag",
+    "zigzag",
 ]
 
 

@@ -21,7 +21,6 @@ from jax.custom_derivatives import SymbolicZero
 
 from jax_flash2 import _compat, _maps, _primitives
 from jax_flash2 import _rules as _rules  # registers the rules
-from jax_flash2._passes import zero_past
 from jax_flash2._spec import SIDE_OPERANDS, AttentionSpec, Operands
 
 Results = tuple[jax.Array, jax.Array, jax.Array | None]
@@ -32,7 +31,8 @@ def attend(spec: AttentionSpec, x: Operands, forward_mode: bool) -> Results:
     # Outside the custom_vjp, so that the casts' own transposes sum gradients of operands
     # that vary over fewer mesh axes than others.
     names = [name for name, a in x._asdict().items() if a is not None]
-    aligned = _compat.align_varying([getattr(x, name) for name in names])
+    axes = () if spec.ring is None else spec.ring.axes
+    aligned = _compat.align_varying([getattr(x, name) for name in names], axes)
     x = Operands(**dict(zip(names, aligned, strict=True)))
     return _primitives.forward(spec, x) if forward_mode else _attend(spec, x)
 
@@ -71,9 +71,10 @@ def _attend_backward(spec: AttentionSpec, residuals: Any, cotangents: Any) -> An
     if isinstance(dout, SymbolicZero):
         dout = jnp.zeros_like(out)
     # What arrives past a length may be anything: replace it before it is multiplied.
-    dout = zero_past(dout, x.query_seq_lengths, -3)
+    dout = _maps.zero_past_rows(spec, dout, x.query_seq_lengths, -3)
     zero = isinstance(dlse, SymbolicZero)
-    dlse = None if zero else zero_past(dlse, x.query_seq_lengths, -1)
+    lengths = x.query_seq_lengths
+    dlse = None if zero else _maps.zero_past_rows(spec, dlse, lengths, -1)
     side = tuple(name for name in wanted.names if name != "sinks")
     grads = _primitives.backward(spec, x, out, lse, dout, dlse, side)
     if "sinks" in wanted.names:

@@ -47,6 +47,29 @@ def lower_plain(
         return lower(function, ctx.replace(avals_in=plain), *operands, **params)
 
 
+def lower_manual(
+    function: Callable[..., Any],
+    axes: Sequence[tuple[str, int]],
+    ctx: Any,
+    *operands: Any,
+) -> Any:
+    """As `lower_plain`, where the function names manual mesh axes, given with sizes."""
+    mesh = ctx.avals_in[0].sharding.mesh
+
+    def plain(a: Any) -> Any:
+        spec = jax.sharding.PartitionSpec(*[None] * a.ndim)
+        sharding = jax.sharding.NamedSharding(mesh, spec)
+        return _core.ShapedArray(a.shape, a.dtype, sharding=sharding)
+
+    avals = [plain(a) for a in ctx.avals_in]
+    with (
+        _mesh.use_abstract_mesh(mesh),
+        _config._check_vma(False),
+        _core.extend_axis_env_nd(axes),
+    ):
+        return lower(function, ctx.replace(avals_in=avals), *operands)
+
+
 def register_lowering(
     primitive: Primitive, rule: Rule, platform: str | None = None
 ) -> None:
@@ -118,14 +141,18 @@ def zero_tangent(x: jax.Array) -> Any:
     return ad.Zero(jax.typeof(x).to_tangent_aval())
 
 
-def align_varying(arrays: Sequence[jax.Array]) -> list[jax.Array]:
-    """Casts every array to vary over the union of the mesh axes that any varies over.
+def align_varying(
+    arrays: Sequence[jax.Array], axes: Sequence[str] = ()
+) -> list[jax.Array]:
+    """Casts every array to vary over the union of the mesh axes that any varies over,
+    and over ``axes`` if there are any (else nothing is tracked, with check_vma=False).
 
     The transpose of the cast is the sum over devices that a replicated operand's
     gradient needs.
     """
     varying = [jax.typeof(a).mat.varying for a in arrays]
     union = frozenset().union(*varying)
+    union = union | frozenset(axes) if union else union
     return [
         jax.lax.pcast(a, tuple(sorted(union - v)), to="varying") if union - v else a
         for a, v in zip(arrays, varying, strict=True)

@@ -95,3 +95,12 @@ def keep(
     halves = jnp.stack([words & jnp.uint32(0xFFFF), words >> jnp.uint32(16)], axis=-1)
     bits = halves.reshape(*halves.shape[:-4], groups * GROUP)[..., :columns]
     return bits >= jnp.uint32(round(rate * 65536))
+
+
+def keep_anywhere(
+    stream: jax.Array, row: jax.Array, column: jax.Array, columns: int, rate: float
+) -> jax.Array:
+    """As `keep`, from any first column on: a few more are made and cut off."""
+    within = column % GROUP
+    wide = keep(stream, row, column - within, columns + GROUP, rate)
+    return jax.lax.dynamic_slice_in_dim(wide, within, columns, -1)

@@ -40,6 +40,7 @@ ENTRY_AXES = Operands(
     alibi_slopes="g",
     sinks="g",
     dropout_streams="gr",
+    origin="r",
 )._asdict()
 # And of arrays with one element or vector for each query row.
 _ROW_AXES = {"out": "gle", "dout": "gle", "lse": "gl", "dlse": "gl", "delta": "gl"}
@@ -217,7 +218,7 @@ def _shared_blocks(
     spec: AttentionSpec, sizes: Sizes, entries: dict[str, jax.Array]
 ) -> tuple[jax.Array, jax.Array]:
     """The key blocks that any entry's query block sees: one loop serves all entries."""
-    facts = {n: a[:, 0] for n, a in entries.items() if ENTRY_AXES.get(n) == ""}
+    facts = {n: a[:, 0] for n, a in entries.items() if ENTRY_AXES.get(n) in ("", "r")}
     first, end = _blocks(spec, sizes, Operands(**facts), 1)
     first = jnp.where(first < end, first, sizes.kv_blocks).min(0)
     end = end.max(0)

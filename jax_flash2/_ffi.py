@@ -25,7 +25,7 @@ from jax_flash2._spec import AttentionSpec, Operands
 
 # Operands, results and attributes of a target are a contract with compiled programs
 # that outlive this process; whoever changes them raises the version, in handlers.cc too.
-FORWARD = "flash2_forward_v1"
+FORWARD = "flash2_forward_v2"
 BACKWARD = "flash2_backward_v1"
 TARGETS = (FORWARD, BACKWARD)
 
@@ -37,6 +37,7 @@ _REBUILD = (
 _OLDEST_DRIVER = {12: 525, 13: 580}
 _OLDEST_GPU = 80
 _MAX_HEAD_DIM = 256
+_FORWARD_WORKSPACE = 16  # bytes, kCounterBytes of cuda/sm90/choose.h
 _MAX_POSITION = 2**29 - 1  # kMaxPosition of cuda/problem.h
 # What the handler takes beside query, key and value, and in which dtype.
 _SIDES = {
@@ -224,10 +225,11 @@ def forward(spec: AttentionSpec, x: Operands) -> list[jax.Array]:
         (
             jax.ShapeDtypeStruct((batch, length, heads, value.shape[-1]), query.dtype),
             jax.ShapeDtypeStruct((batch, heads, length), jnp.float32),
+            jax.ShapeDtypeStruct((_FORWARD_WORKSPACE,), jnp.uint8),
         ),
     )
     sides = _sides(x, _SIDES)
-    out, lse = call(
+    out, lse, _ = call(
         query,
         key,
         value,
@@ -265,7 +267,7 @@ def backward(
     if rows.get("dlse") is not None:
         operands["dlse"] = jnp.broadcast_to(rows["dlse"], row_values.shape)
     deterministic = bool(spec.deterministic_backward)
-    workspace = _workspace_bytes(batch, heads, length, query.shape[-1], deterministic)
+    workspace = _workspace_bytes(batch, heads, length, query.shape[-1])
     grads = [(query, head_dim), (key, head_dim), (value, x.value.shape[-1])]
     results = jax.ffi.ffi_call(
         BACKWARD,
@@ -320,6 +322,7 @@ def _attributes(spec: AttentionSpec) -> dict[str, Any]:
         window_left=left,
         window_right=right,
         chunk_size=np.int32(min(spec.chunk_size or 0, _MAX_POSITION)),
+        family=np.int32(80 if spec.implementation == "cuda_sm80" else 0),
     )
 
 

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.interpreters import ad
 
-from jax_flash2 import _compat
+from jax_flash2 import _compat, _ring
 from jax_flash2._passes import Named, row_delta, zero_past
 from jax_flash2._primitives import backward_p, bind, second_p, tangent2_p, tangent_p
 from jax_flash2._spec import DIFFERENTIABLE, SIDE_OPERANDS, AttentionSpec
@@ -43,6 +43,15 @@ def like(g: jax.Array, operand: Any) -> jax.Array:
     axes = tuple(a for a, n in enumerate(operand.shape) if n != g.shape[a])
     g = g.sum(axes, keepdims=True) if axes else g
     return _compat.with_type_of(g.astype(operand.dtype), operand)
+
+
+def zero_past_rows(
+    spec: AttentionSpec, x: jax.Array, lengths: jax.Array | None, axis: int
+) -> jax.Array:
+    """`zero_past` of query rows, which are those of a whole sequence or of a part."""
+    if lengths is None or spec.ring is None:
+        return zero_past(x, lengths, axis)
+    return zero_past(x, lengths, axis, _ring.tokens(spec.ring))
 
 
 class At(NamedTuple):
@@ -100,9 +109,10 @@ class At(NamedTuple):
         """g, by name, from cotangents of which one may be a symbolic zero."""
         lengths = self.arrays.get("query_seq_lengths")
         # What arrives past a length may be anything: replace it before it is multiplied.
-        g = {"dout": zero_past(ad.instantiate_zeros(out), lengths, -3)}
+        out = ad.instantiate_zeros(out)
+        g = {"dout": zero_past_rows(self.spec, out, lengths, -3)}
         if type(lse) is not ad.Zero:
-            g["dlse"] = zero_past(lse, lengths, -1)
+            g["dlse"] = zero_past_rows(self.spec, lse, lengths, -1)
         return g
 
 

@@ -25,6 +25,11 @@ def _positions(row: jax.Array, x: Operands, batch_axes: int) -> jax.Array:
     return row if x.query_offset is None else row + x.query_offset[..., None]
 
 
+def _key_origin(x: Operands) -> jax.Array:
+    """Where key 0 lies in its sequence: int32 ``(batch...)``, or a scalar 0."""
+    return jnp.int32(0) if x.origin is None else x.origin[..., 1]
+
+
 def distance(
     row: jax.Array, column: jax.Array, x: Operands, batch_axes: int
 ) -> jax.Array:
@@ -65,7 +70,10 @@ def visible(
     if right is not None:
         terms.append(j <= i + right)
     if spec.chunk_size is not None:
-        terms.append(i // spec.chunk_size == j // spec.chunk_size)
+        origin = _key_origin(x)
+        origin = origin if x.origin is None else origin[..., None, None]
+        size = spec.chunk_size
+        terms.append((i + origin) // size == (j + origin) // size)
     if x.key_value_seq_lengths is not None:
         terms.append(j < x.key_value_seq_lengths[..., None, None])
     if x.query_seq_lengths is not None:
@@ -120,8 +128,10 @@ def key_blocks(
         end = jnp.minimum(end, last + right + 1)
     if spec.chunk_size is not None:
         size = spec.chunk_size
-        begin = jnp.maximum(begin, first // size * size)
-        end = jnp.minimum(end, (last // size + 1) * size)
+        origin = _key_origin(x)
+        origin = origin if x.origin is None else origin[..., None]
+        begin = jnp.maximum(begin, (first + origin) // size * size - origin)
+        end = jnp.minimum(end, ((last + origin) // size + 1) * size - origin)
     if x.key_value_seq_lengths is not None:
         end = jnp.minimum(end, x.key_value_seq_lengths[..., None])
     if x.query_seq_lengths is not None:

@@ -11,6 +11,7 @@ import numpy as np
 from jax_flash2 import _spec
 from jax_flash2._attention_fn import attention_fn, refuse_when_decoding
 from jax_flash2._cache import KeyValueCache
+from jax_flash2._context import ContextParallel
 from jax_flash2._positions import alibi_slopes, rotate
 from jax_flash2.attention import flash_attention
 
@@ -71,6 +72,7 @@ class AttentionOptions:
     forward_mode: bool
     deterministic_backward: bool
     implementation: str | None
+    context_parallel: ContextParallel | None
 
     def __post_init__(self) -> None:
         window = self.window
@@ -84,6 +86,11 @@ class AttentionOptions:
             )
         object.__setattr__(self, "window", window)
 
+        if not isinstance(self.context_parallel, ContextParallel | None):
+            raise ValueError(
+                "context_parallel must be None or a jax_flash2.ContextParallel; got "
+                f"{self.context_parallel!r}"
+            )
         if self.alibi is True:
             object.__setattr__(self, "alibi", alibi_slopes(self.num_heads))
         elif self.alibi is not False:
@@ -137,11 +144,19 @@ class AttentionOptions:
             and positions of the key then default to those of the query.
         """
         batch, new = query.shape[:-3], query.shape[-3]
+        parallel = self.context_parallel
+        tokens = new if parallel is None else parallel.tokens(new)
         query_seq_lengths = _spec.check_integers(
-            "query_seq_lengths", query_seq_lengths, batch, "(batch...)", (0, new)
+            "query_seq_lengths", query_seq_lengths, batch, "(batch...)", (0, tokens)
         )
         starts = fits = None
         if cache is not None:
+            if parallel is not None:
+                raise NotImplementedError(
+                    "context_parallel must be None when decoding, since a cache is whole "
+                    f"on every device; got {parallel}. A module without it has the same "
+                    "parameters."
+                )
             refuse_when_decoding(
                 key_value_seq_lengths=key_value_seq_lengths,
                 query_segment_ids=query_segment_ids,
@@ -161,8 +176,10 @@ class AttentionOptions:
         if shares_inputs and key_positions is None:
             key_positions = query_positions
         if self.rotary:
-            query_at = _positions("input_positions", query_positions, query, starts)
-            key_at = _positions("key_value_positions", key_positions, key, starts)
+            name, given = "input_positions", query_positions
+            query_at = self._positions(name, given, query, starts)
+            name, given = "key_value_positions", key_positions
+            key_at = self._positions(name, given, key, starts)
             query = rotate(query, query_at, self.rotary)
             key = rotate(key, key_at, self.rotary)
         elif query_positions is not None or key_positions is not None:
@@ -184,7 +201,8 @@ class AttentionOptions:
         slopes = jnp.array(self.alibi, jnp.float32) if self.alibi else None
         if sinks is not None and sinks.dtype != query.dtype:
             sinks = sinks.astype(jnp.float32)
-        out: Any = flash_attention(
+        attention = flash_attention if parallel is None else parallel.attention
+        out: Any = attention(
             query,
             key,
             value,
@@ -209,15 +227,24 @@ class AttentionOptions:
             out = jnp.where(fits[..., None, None], out, jnp.array(jnp.nan, out.dtype))
         return out, cache
 
-
-def _positions(name: str, positions: Any, x: jax.Array, starts: Any) -> jax.Array:
-    """The positions of x's tokens: as given, or from 0, or from the cache's length."""
-    shape = x.shape[:-2]
-    if positions is not None:
-        positions = _spec.check_integers(name, positions, shape, "(batch..., length)")
-        return jnp.broadcast_to(positions, shape)
-    rows = jax.lax.broadcasted_iota(jnp.int32, shape, len(shape) - 1)
-    return rows if starts is None else rows + starts[..., None]
+    def _positions(
+        self, name: str, positions: Any, x: jax.Array, starts: Any
+    ) -> jax.Array:
+        """The positions of x's tokens: as given, or those in the whole sequence, or from
+        the cache's length."""
+        shape = x.shape[:-2]
+        if positions is not None:
+            positions = _spec.check_integers(
+                name, positions, shape, "(batch..., length)"
+            )
+            return jnp.broadcast_to(positions, shape)
+        if self.context_parallel is not None:
+            rows = self.context_parallel.positions(shape[-1])
+            return jnp.broadcast_to(
+                jnp.expand_dims(rows, tuple(range(len(shape) - 1))), shape
+            )
+        rows = jax.lax.broadcasted_iota(jnp.int32, shape, len(shape) - 1)
+        return rows if starts is None else rows + starts[..., None]
 
 
 def _is_size(x: Any) -> bool:

@@ -1,13 +1,14 @@
-"""Calls on sharded arrays: batch and heads are split and cost no communication.
+"""Calls on sharded arrays: batch and heads cost no communication, the length a ring.
 
-A `Layout` says over which mesh axes each batch axis, the query heads and the key heads
-are split; from it follow the specs of every operand and result, and the mesh axes over
-which a gradient has to be summed because its operand was the same on all of them. Key
-heads that the mesh axes of the query heads do not divide stay whole on every device,
-which slices out those that its query heads need.
+A `Layout` says over which mesh axes each batch axis, the query heads, the key heads, the
+query rows and the keys are split; from it follow the specs of every operand and result,
+and the mesh axes over which a gradient has to be summed because its operand was the same
+on all of them. Key heads that the mesh axes of the query heads do not divide stay whole
+on every device, which slices out those that its query heads need.
 
-The lengths and head_dim are never split: where they come sharded they are gathered,
-with one warning.
+Keys are split as the rows are, and go around a ring (`_ring`), or are whole on every
+device. Lengths that are sharded in another way, or that the axes do not divide, and
+head_dim are gathered, with one warning.
 
 How the layout reaches the compiler depends on the mesh that the operands' types name:
   none, or Auto axes     `custom_partitioning`, with a Shardy rule made from `AXES`
@@ -36,7 +37,10 @@ from jax.experimental.custom_partitioning import (
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jax_flash2 import _compat
+from jax_flash2 import _compat, _ring
+from jax_flash2._passes import Pass
+from jax_flash2._sequence import Part, Ring
+from jax_flash2._spec import AttentionSpec
 
 # One entry of a spec: the mesh axes that split an array's axis.
 Split = tuple[str, ...]
@@ -67,15 +71,18 @@ class Array:
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """Mesh axes of each batch axis, of the query heads (h) and of the key heads (n)."""
+    """Mesh axes of each batch axis, of the query heads (h), of the key heads (n), of the
+    query rows (l) and of the keys (s)."""
 
     batch: tuple[Split, ...]
     heads: Split
     kv_heads: Split
+    rows: Split
+    keys: Split
 
     def spec(self, a: Array) -> P:
         """An axis of size 1 broadcasts and is never split."""
-        entries = [*self.batch, *(self._of(letter) for letter in a.axes)]
+        entries = [*self.batch, *(self.of(letter, a) for letter in a.axes)]
         return P(
             *(
                 None if size == 1 else _entry(split)
@@ -86,11 +93,15 @@ class Layout:
     def missing(self, a: Array) -> Split:
         """The mesh axes that split the call but not this operand, in a fixed order."""
         own = {axis for entry in self.spec(a) for axis in _split(entry)}
-        used = [axis for split in (*self.batch, self.heads) for axis in split]
+        splits = (*self.batch, self.heads, self.rows)
+        used = [axis for split in splits for axis in split]
         return tuple(axis for axis in used if axis not in own)
 
-    def _of(self, letter: str) -> Split:
-        return {"h": self.heads, "n": self.kv_heads}.get(letter, ())
+    def of(self, letter: str, a: Array) -> Split:
+        if letter == "s" and "l" in a.axes:  # dense: each row with all its keys
+            return ()
+        splits = {"h": self.heads, "n": self.kv_heads, "l": self.rows, "s": self.keys}
+        return splits.get(letter, ())
 
 
 def layout(
@@ -122,7 +133,7 @@ def layout(
             if chosen or not split:
                 continue
             free = all(taken.get(axis, where) == where for axis in split)
-            if free and size % math.prod(mesh_shape[axis] for axis in split) == 0:
+            if free and size % _ways(split, mesh_shape) == 0:
                 chosen = split
         taken.update(dict.fromkeys(chosen, where))
         return chosen
@@ -141,33 +152,58 @@ def layout(
     split = choose("heads", heads, axis_of("h"))
     if not split:  # query replicated over an axis that splits the key heads
         split = choose("heads", kv_heads, axis_of("n"))
-    kv_split = _split(specs[1][key.batch_axes + 1]) if len(specs[1]) > 1 else ()
-    return Layout(tuple(batch), split, split if kv_split == split else ())
+    where = key.batch_axes + 1
+    kv_split = _split(specs[1][where]) if len(specs[1]) > where else ()
+    rows = choose("rows", query.shape[-3], axis_of("l"))
+    length = key.shape[-3]
+    keys = choose("rows", length, lambda a: None if "l" in a.axes else axis_of("s")(a))
+    if keys and not rows and query.shape[-3] % _ways(keys, mesh_shape) == 0:
+        rows = keys
+    return Layout(
+        tuple(batch),
+        split,
+        split if kv_split == split else (),
+        rows,
+        keys if keys == rows else (),
+    )
+
+
+def _ways(split: Split, mesh_shape: Mapping[str, int]) -> int:
+    return math.prod(mesh_shape[axis] for axis in split)
 
 
 _warned: set[str] = set()
 
 
-def _check_whole(arrays: Sequence[Array], specs: Sequence[Any], strict: bool) -> None:
+def _check_whole(
+    arrays: Sequence[Array], specs: Sequence[Any], lay: Layout, strict: bool
+) -> None:
     """Warns, once for lengths and once for head_dim, of what must be gathered."""
     letters = {"l": "length", "s": "length", "d": "head_dim", "e": "head_dim"}
     for a, spec in zip(arrays, specs, strict=True):
         entries = (*spec, *[None] * (len(a.shape) - len(spec)))
         for letter, entry in zip(a.axes, entries[a.batch_axes :], strict=True):
-            if letter not in letters or not _split(entry):
+            split = _split(entry)
+            if letter not in letters or not split or split == lay.of(letter, a):
                 continue
             what = letters[letter]
-            message = (
-                f"flash_attention: {a.name}'s {what} is sharded over {entry!r} and is "
-                "gathered; batch and heads are the axes to shard"
-            )
             if strict and what == "head_dim":
                 raise ValueError(
                     f"flash_attention: {a.name}'s head_dim must not be sharded; got "
                     f"{spec}"
                 )
+            remedy = "batch, heads and length are the axes to shard"
+            if what == "length":
+                remedy = (
+                    "shard the lengths of query, key and value over the same axes, whose "
+                    "size divides them"
+                )
             if what not in _warned:
                 _warned.add(what)
+                message = (
+                    f"flash_attention: {a.name}'s {what} is sharded over {entry!r} and "
+                    f"is gathered; {remedy}"
+                )
                 # A filter that makes it an error must not bring the compiler down.
                 try:
                     warnings.warn(message, stacklevel=2)
@@ -183,12 +219,14 @@ class Call:
     """One bind of an outer primitive: what runs locally, and its arrays.
 
     Attributes:
-      local: takes the operands' local parts, returns the results' local parts.
+      local: the pass on one device, of all its part or of a block: arrays by name.
       operands: query and key first.
       results: gradients are named after their operand.
     """
 
-    local: Callable[..., list[jax.Array]]
+    pass_: Pass
+    local: Callable[[AttentionSpec, dict[str, jax.Array]], dict[str, jax.Array]]
+    spec: AttentionSpec
     operands: tuple[Array, ...]
     results: tuple[Array, ...]
 
@@ -196,13 +234,26 @@ class Call:
     def group(self) -> int:
         return self.operands[0].shape[-2] // self.operands[1].shape[-2]
 
+    def whole(self, *arrays: jax.Array) -> list[jax.Array]:
+        """The call where nothing is split."""
+        return list(self.local(self.spec, self._named(arrays)).values())
+
+    def on_ring(self, *arrays: jax.Array) -> list[jax.Array]:
+        """The call where a shard_map around it has split the sequence."""
+        assert self.spec.ring is not None
+        spec = dataclasses.replace(self.spec, ring=None)
+        found = _ring.run(
+            self.pass_, self.local, spec, self._named(arrays), self.spec.ring
+        )
+        return [found[a.name] for a in self.results]
+
     def share(self, lay: Layout, mesh_shape: Mapping[str, int]) -> Callable[..., Any]:
         """What one device does under a layout; mesh axes are bound where it is traced."""
         kv_heads = self.operands[1].shape[-2]
-        ways = math.prod(mesh_shape[axis] for axis in lay.heads)
-        heads = self.operands[0].shape[-2] // ways
+        heads = self.operands[0].shape[-2] // _ways(lay.heads, mesh_shape)
         slices = lay.heads != lay.kv_heads and kv_heads > 1
         gradients = {a.name for a in self.operands} & {a.name for a in self.results}
+        ring = self._ring(lay, mesh_shape)
 
         def run(*arrays: jax.Array) -> list[jax.Array]:
             arrays = tuple(arrays)
@@ -214,19 +265,40 @@ class Call:
                     jnp.take(x, index, axis=-2, mode="clip") if "n" in a.axes else x
                     for a, x in zip(self.operands, arrays, strict=True)
                 )
-            results = self.local(*arrays)
-            for i, a in enumerate(self.results):
-                if a.name not in gradients:
-                    continue
-                g = results[i]
-                if slices and "n" in a.axes:
-                    whole = jnp.zeros((*g.shape[:-2], kv_heads, g.shape[-1]), g.dtype)
-                    g = whole.at[..., index, :].add(g)
-                axes = lay.missing(a)
-                results[i] = lax.psum(g, axes) if axes else g
-            return list(results)
+            named = self._named(arrays)
+            if ring is None:
+                found = self.local(self.spec, named)
+            else:
+                found = _ring.run(self.pass_, self.local, self.spec, named, ring)
+            results = []
+            for a in self.results:
+                g = found[a.name]
+                if a.name == "largest" and lay.rows:
+                    g = lax.pmax(g, lay.rows)
+                if a.name in gradients:
+                    if slices and "n" in a.axes:
+                        shape = (*g.shape[:-2], kv_heads, g.shape[-1])
+                        g = jnp.zeros(shape, g.dtype).at[..., index, :].add(g)
+                    axes = lay.missing(a)
+                    g = lax.psum(g, axes) if axes else g
+                results.append(g)
+            return results
 
         return run
+
+    def _named(self, arrays: Sequence[jax.Array]) -> dict[str, jax.Array]:
+        return {a.name: x for a, x in zip(self.operands, arrays, strict=True)}
+
+    def _ring(self, lay: Layout, mesh_shape: Mapping[str, int]) -> Ring | None:
+        n = _ways(lay.rows, mesh_shape)
+        if n == 1:
+            return None
+        rows, keys = (a.shape[-3] for a in self.operands[:2])
+        whole = not lay.keys
+        keys = Part(n, keys if whole else keys // n, whole=whole)
+        sizes = tuple(mesh_shape[axis] for axis in lay.rows)
+        on_mesh = tuple(axis for axis in mesh_shape if axis in lay.rows)
+        return Ring(lay.rows, sizes, on_mesh, Part(n, rows // n), keys)
 
 
 def _needed_heads(first: jax.Array, heads: int, group: int) -> jax.Array:
@@ -250,8 +322,8 @@ def partitioned(call: Call) -> Callable[..., list[jax.Array]]:
         del results
         _compat.restore_stacks()
         specs = [x.sharding.spec for x in operands]
-        _check_whole(call.operands, specs, strict=False)
         lay = layout(call.operands, specs, mesh.shape, strict=False)
+        _check_whole(call.operands, specs, lay, strict=False)
 
         def shardings(arrays: Sequence[Array]) -> list[NamedSharding]:
             return [NamedSharding(mesh, lay.spec(a)) for a in arrays]
@@ -269,7 +341,7 @@ def partitioned(call: Call) -> Callable[..., list[jax.Array]]:
         return _sharding_rule(call)
 
     def run(*arrays: jax.Array) -> list[jax.Array]:
-        return call.local(*arrays)
+        return call.whole(*arrays)
 
     function = custom_partitioning(run)
     function.def_partition(partition=partition, sharding_rule=rule)
@@ -303,7 +375,7 @@ def _sharding_rule(call: Call) -> SdyShardingRule:
     operands = tuple(mapping(a) for a in call.operands)
     results = tuple(mapping(a) for a in call.results)
     names = dict.fromkeys(name for m in (*operands, *results) for name in m)
-    whole = tuple(name for name in names if name in "lsder" or name in fresh)
+    whole = tuple(name for name in names if name in "der" or name in fresh)
     return SdyShardingRule(operands, results, need_replication_factors=whole)
 
 
@@ -313,8 +385,9 @@ def _sharding_rule(call: Call) -> SdyShardingRule:
 def explicit_layout(operands: Sequence[Array], avals: Sequence[Any]) -> Layout:
     """The layout that the types of the operands ask for; raises where none can serve."""
     specs = [aval.sharding.spec for aval in avals]
-    _check_whole(operands, specs, strict=True)
-    return layout(operands, specs, avals[0].sharding.mesh.shape, strict=True)
+    lay = layout(operands, specs, avals[0].sharding.mesh.shape, strict=True)
+    _check_whole(operands, specs, lay, strict=True)
+    return lay
 
 
 def explicit(

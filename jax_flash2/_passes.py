@@ -24,6 +24,7 @@ Named = dict[str, Any]
 class Platform:
     name: str
     together: bool  # entries at once, for XLA to partition over left-over mesh axes
+    origin: bool  # the call is a block that has to know where in its sequence it lies
 
     @property
     def sequential(self) -> bool:
@@ -125,6 +126,11 @@ def _kernels_serve(on: Platform, spec: AttentionSpec, lack: str | None) -> bool:
                 "a kernel cannot be split over mesh axes that a shard_map leaves to the "
                 "compiler; make all axes manual"
             )
+        if on.origin:
+            lack = (
+                "the CUDA kernels have neither dropout nor chunks that end within a "
+                "block, with segment ids, where the length is sharded"
+            )
         return _ffi.use_kernels(spec, lack)
     if spec.implementation is not None:
         raise NotImplementedError(
@@ -144,12 +150,16 @@ def row_delta(out: jax.Array, dout: jax.Array, dlse: jax.Array | None) -> jax.Ar
     return delta if dlse is None else delta - dlse
 
 
-def zero_past(x: jax.Array, lengths: jax.Array | None, axis: int) -> jax.Array:
+def zero_past(
+    x: jax.Array, lengths: jax.Array | None, axis: int, row: jax.Array | None = None
+) -> jax.Array:
     """``x`` ``(batch..., ...)`` with zeros at and past the lengths ``(batch...)`` along
-    ``axis``, which is negative."""
+    ``axis``, which is negative. ``row`` tells which tokens lie there, by default 0, 1, ...
+    """
     if lengths is None:
         return x
-    row = jnp.arange(x.shape[axis], dtype=jnp.int32)
+    if row is None:
+        row = jnp.arange(x.shape[axis], dtype=jnp.int32)
     row = row.reshape((1,) * (x.ndim + axis) + (-1,) + (1,) * (-axis - 1))
     lengths = lengths.reshape(lengths.shape + (1,) * (x.ndim - lengths.ndim))
     return jnp.where(row < lengths, x, 0)

@@ -171,13 +171,21 @@ def _arrays(
 
 @dataclasses.dataclass(frozen=True)
 class _Local:
-    """A local function with its parameters: hashable, as `_partition.Call` wants it."""
+    """A pass on one device, of any block of its part: hashable, as `_partition.Call`
+    wants it."""
 
-    function: Any
-    params: tuple[tuple[str, Any], ...]
+    pass_: Pass
+    inner: Primitive
+    wrt: tuple[str, ...]
+    mapped: int
+    together: bool
 
-    def __call__(self, *arrays: jax.Array) -> list[jax.Array]:
-        return self.function(*arrays, **dict(self.params))
+    def __call__(self, spec: AttentionSpec, named: Named) -> Named:
+        arrays = {name: a for name, a in named.items() if a is not None}
+        params = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        results = _local(*arrays.values(), spec=spec, present=tuple(arrays), **params)
+        names = self.pass_.results(spec, self.wrt)
+        return dict(zip(names, results, strict=True))
 
 
 def _lower_over_mesh(pass_: Pass, inner: Primitive) -> Any:
@@ -194,16 +202,20 @@ def _lower_over_mesh(pass_: Pass, inner: Primitive) -> Any:
         mesh = avals[0].sharding.mesh
         # Axes that XLA assigns inside a region where others are manual or explicit.
         left_over = bool(mesh.auto_axes and (mesh.manual_axes or mesh.explicit_axes))
-        names = pass_.results(params["spec"], params["wrt"])
-        params = {**params, "pass_": pass_, "inner": inner, "together": left_over}
-        local = _Local(_local, tuple(sorted(params.items())))
-        if not mesh.explicit_axes and left_over:
-            return _compat.lower_plain(local, ctx, *operands)
+        spec, present, wrt = params["spec"], params["present"], params["wrt"]
+        local = _Local(pass_, inner, wrt, params["mapped"], left_over)
         call = _partition.Call(
+            pass_,
             local,
-            _arrays(params["present"], avals),
-            _named_arrays(names, [a.shape for a in ctx.avals_out]),
+            spec,
+            _arrays(present, avals),
+            _named_arrays(pass_.results(spec, wrt), [a.shape for a in ctx.avals_out]),
         )
+        if spec.ring is not None:
+            loop = zip(spec.ring.axes, spec.ring.sizes, strict=True)
+            return _compat.lower_manual(call.on_ring, tuple(loop), ctx, *operands)
+        if not mesh.explicit_axes and left_over:
+            return _compat.lower_plain(call.whole, ctx, *operands)
         if mesh.explicit_axes:
             run = _partition.explicit(call, avals, ctx.avals_out)
             return _compat.lower(run, ctx, *operands)
@@ -316,7 +328,7 @@ def _make_primitive(pass_: Pass) -> Primitive:
 
     def call(platform: str, *arrays: jax.Array, **params: Any) -> list[jax.Array]:
         x, rows = split_named(dict(zip(params["present"], arrays, strict=True)))
-        on = Platform(platform, params["together"])
+        on = Platform(platform, params["together"], x.origin is not None)
         return pass_.run(on, params["spec"], x, rows, params["wrt"])
 
     # The first serves every platform that is not named after it.

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+if TYPE_CHECKING:
+    from jax_flash2._sequence import Ring
 
 IMPLEMENTATIONS = (None, "cuda", "cuda_sm80", "blockwise", "reference")
 KERNEL_DTYPES = ("float16", "bfloat16", "float32")
@@ -28,6 +31,8 @@ class AttentionSpec:
       window: keys visible to the left and right of a query, None where unbounded.
       soft_cap: c in ``c * tanh(x / c)``, or None.
       implementation: as in `flash_attention`.
+      ring: where the arrays are one device's part of a sequence, inside a
+        `jax.shard_map`, how that lies on the devices.
     """
 
     scale: float | None = None
@@ -39,6 +44,7 @@ class AttentionSpec:
     deterministic_backward: bool = False
     return_max_logit: bool = False
     implementation: str | None = None
+    ring: Ring | None = None
 
 
 class Operands(NamedTuple):
@@ -62,11 +68,13 @@ class Operands(NamedTuple):
     alibi_slopes: Any = None
     sinks: Any = None
     dropout_streams: Any = None
+    origin: Any = None
 
 
 # The axes after the batch axes: l query length, s key length, h query heads, n key
-# heads, d head_dim, e value's head_dim, r the two words of a dropout stream. An axis
-# of l, s or h may have size 1 in bias, mask, slopes, sinks and streams (broadcast).
+# heads, d head_dim, e value's head_dim, r the two words of a dropout stream or the first
+# row and the first key of a block of a longer sequence. An axis of l, s or h may have
+# size 1 in bias, mask, slopes, sinks and streams (broadcast).
 AXES = Operands(
     query="lhd",
     key="snd",
@@ -83,6 +91,7 @@ AXES = Operands(
     alibi_slopes="h",
     sinks="h",
     dropout_streams="hr",
+    origin="r",
 )
 # Operands with gradients beside query, key and value.
 SIDE_OPERANDS = ("scale", "bias", "alibi_slopes", "sinks")

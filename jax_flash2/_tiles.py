@@ -188,7 +188,11 @@ def survivors(spec: AttentionSpec, tile: Tile, p: jax.Array) -> jax.Array:
 
 def kept(spec: AttentionSpec, tile: Tile) -> jax.Array:
     stream, columns = tile.x.dropout_streams, tile.column.shape[0]
-    return _dropout.keep(stream, tile.row, tile.column[0], columns, spec.dropout_rate)
+    row, column, origin = tile.row, tile.column[0], tile.x.origin
+    if origin is None:
+        return _dropout.keep(stream, row, column, columns, spec.dropout_rate)
+    row, column = row + origin[0], column + origin[1]
+    return _dropout.keep_anywhere(stream, row, column, columns, spec.dropout_rate)
 
 
 def dot(axes: str, a: jax.Array, b: jax.Array) -> jax.Array:

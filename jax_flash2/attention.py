@@ -1,4 +1,4 @@
-"""`flash_attention`: the call. Defaults and normalisation; everything else lies below."""
+"""`flash_attention`: the call and what it means; everything else lies below."""
 
 from __future__ import annotations
 
@@ -6,10 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
-from jax_flash2 import _autodiff, _dropout, _reference, _spec
-from jax_flash2._spec import AttentionSpec, Operands
+from jax_flash2 import _arguments, _autodiff, _reference
 
 Array = Any
 Result = jax.Array | tuple[jax.Array, ...]
@@ -128,85 +126,36 @@ def flash_attention(
       >>> jax_flash2.flash_attention(q, k, v, is_causal=True).shape
       (2, 128, 8, 64)
     """
-    _spec.check_static(
+    spec, operands = _arguments.settle(
+        query,
+        key,
+        value,
+        bias,
+        mask,
+        scale=scale,
         is_causal=is_causal,
-        chunk_size=chunk_size,
+        query_seq_lengths=query_seq_lengths,
+        key_value_seq_lengths=key_value_seq_lengths,
+        local_window_size=local_window_size,
+        implementation=implementation,
         logits_soft_cap=logits_soft_cap,
+        query_offset=query_offset,
+        query_segment_ids=query_segment_ids,
+        key_value_segment_ids=key_value_segment_ids,
+        prefix_lengths=prefix_lengths,
+        chunk_size=chunk_size,
+        alibi_slopes=alibi_slopes,
+        sinks=sinks,
         dropout_rate=dropout_rate,
         dropout_key=dropout_key,
-        prefix_lengths=prefix_lengths,
-        implementation=implementation,
-        flags={
-            "return_residual": return_residual,
-            "deterministic_backward": deterministic_backward,
-            "forward_mode": forward_mode,
-            "return_max_logit": return_max_logit,
-        },
+        deterministic_backward=deterministic_backward,
+        return_max_logit=return_max_logit,
+        flags={"return_residual": return_residual, "forward_mode": forward_mode},
     )
-    _spec.check_arrays(query, key, value, implementation)
-    query, key, value = map(jnp.asarray, (query, key, value))
-    *batch, q_length, heads, head_dim = query.shape
-    batch, kv_length = tuple(batch), key.shape[-3]
-    static_scale, scale = _spec.check_scale(scale, head_dim)
-    if dropout_rate:
-        _spec.check_key(dropout_key)
-
-    def integers(name: str, x: Any, bounds: tuple[int, int] | None = None) -> Any:
-        return _spec.check_integers(name, x, batch, "(batch...)", bounds)
-
-    def floats(name: str, x: Any) -> Any:
-        shape, meaning = (*batch, heads), "(batch..., heads)"
-        return _spec.check_floats(name, x, query, shape, meaning)
-
-    scores = (*batch, heads, q_length, kv_length)
-    meaning = "(batch..., heads, query length, key length)"
-    if isinstance(query_offset, int) and query_offset == 0:
-        query_offset = None
-    query_ids, key_ids = _spec.check_segments(
-        query_segment_ids, key_value_segment_ids, batch, q_length, kv_length
-    )
-    operands = Operands(
-        query=query,
-        key=key,
-        value=value,
-        scale=None if scale is None else jnp.reshape(scale, (1,) * len(batch)),
-        bias=_spec.check_floats("bias", bias, query, scores, meaning),
-        mask=_spec.check_mask(mask, scores),
-        query_seq_lengths=integers(
-            "query_seq_lengths", query_seq_lengths, (0, q_length)
-        ),
-        key_value_seq_lengths=integers(
-            "key_value_seq_lengths", key_value_seq_lengths, (0, kv_length)
-        ),
-        query_offset=integers("query_offset", query_offset),
-        prefix_lengths=integers("prefix_lengths", prefix_lengths, (0, kv_length)),
-        query_segment_ids=query_ids,
-        key_value_segment_ids=key_ids,
-        alibi_slopes=floats("alibi_slopes", alibi_slopes),
-        sinks=floats("sinks", sinks),
-        dropout_streams=_dropout.streams(dropout_key, batch, heads)
-        if dropout_rate
-        else None,
-    )
-    spec = AttentionSpec(
-        scale=static_scale,
-        is_causal=bool(is_causal),
-        window=_spec.check_window(local_window_size),
-        chunk_size=None if chunk_size is None else int(chunk_size),
-        soft_cap=None if logits_soft_cap is None else float(logits_soft_cap),
-        dropout_rate=float(dropout_rate),
-        deterministic_backward=bool(deterministic_backward),
-        return_max_logit=bool(return_max_logit),
-        implementation=implementation,
-    )
-    if implementation == "reference":
+    if spec.implementation == "reference":
         out, lse, max_logit = _reference.attention(spec, operands)
     else:
         out, lse, max_logit = _autodiff.attend(spec, operands, forward_mode)
-    results = [out]
-    if return_residual:
-        results.append(jnp.swapaxes(lse, -1, -2))
-    if return_max_logit:
-        assert max_logit is not None
-        results.append(jax.lax.stop_gradient(max_logit))
-    return results[0] if len(results) == 1 else tuple(results)
+    return _arguments.results(
+        out, lse if return_residual else None, max_logit if return_max_logit else None
+    )

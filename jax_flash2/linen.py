@@ -13,6 +13,7 @@ from flax import linen as nn
 from jax_flash2 import _attention_fn, _modules
 from jax_flash2._attention_fn import attention_fn
 from jax_flash2._cache import KeyValueCache
+from jax_flash2._context import ContextParallel
 
 __all__ = ["Flash2Attention", "attention_fn"]
 
@@ -43,6 +44,7 @@ class Flash2Attention(nn.MultiHeadDotProductAttention):
         after normalize_qk), or the base.
       forward_mode, deterministic_backward, implementation: as in `flash_attention`;
         forward_mode is what `jax.jvp` needs.
+      context_parallel: a `jax_flash2.ContextParallel`: the sequence on several devices.
 
     With ``decode=True``, `init` makes an empty cache as long as its inputs (so does a
     call that finds no "cache" collection, as in flax); every call with a cache appends.
@@ -70,6 +72,7 @@ class Flash2Attention(nn.MultiHeadDotProductAttention):
     forward_mode: bool = False
     deterministic_backward: bool = False
     implementation: str | None = None
+    context_parallel: ContextParallel | None = None
 
     @nn.compact
     def __call__(
@@ -236,6 +239,7 @@ class Flash2Attention(nn.MultiHeadDotProductAttention):
             forward_mode=self.forward_mode,
             deterministic_backward=self.deterministic_backward,
             implementation=self.implementation,
+            context_parallel=self.context_parallel,
         )
 
     def _cache(

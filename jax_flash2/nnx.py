@@ -13,6 +13,7 @@ from flax import nnx
 from jax_flash2 import _attention_fn, _modules
 from jax_flash2._attention_fn import attention_fn
 from jax_flash2._cache import KeyValueCache
+from jax_flash2._context import ContextParallel
 
 __all__ = ["Flash2Attention", "attention_fn"]
 
@@ -44,6 +45,7 @@ class Flash2Attention(nnx.MultiHeadAttention):
       broadcast_dropout: must be False where dropout_rate is not 0.
       forward_mode, deterministic_backward, implementation: as in `flash_attention`;
         forward_mode is what `jax.jvp` needs.
+      context_parallel: a `jax_flash2.ContextParallel`: the sequence on several devices.
       flax: every other keyword of `nnx.MultiHeadAttention` but attention_fn: dtype,
         param_dtype, dropout_rate, deterministic, precision, kernel_init, use_bias,
         decode (None is False), normalize_qk, kernel_metadata, keep_rngs, ....
@@ -83,6 +85,7 @@ class Flash2Attention(nnx.MultiHeadAttention):
         forward_mode: bool = False,
         deterministic_backward: bool = False,
         implementation: str | None = None,
+        context_parallel: ContextParallel | None = None,
         rngs: nnx.Rngs,
         **flax: Any,
     ):
@@ -103,6 +106,7 @@ class Flash2Attention(nnx.MultiHeadAttention):
             forward_mode=forward_mode,
             deterministic_backward=deterministic_backward,
             implementation=implementation,
+            context_parallel=context_parallel,
         )
         super().__init__(
             num_heads,

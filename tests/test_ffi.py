@@ -36,7 +36,9 @@ def lowered(spec, x):
 def test_build_info_tells_compiler_architectures_and_versions():
     info = _ffi.build_info()
     assert re.fullmatch(r"nvcc \d+\.\d+\.\d+", info["compiler"])
-    assert {"80-real", "90-real", "80-virtual"} <= set(info["architectures"].split())
+    assert {"80-real", "90-real", "90a-real", "80-virtual"} <= set(
+        info["architectures"].split()
+    )
     assert info["cuda"] >= (12, 4)
     # Of the oldest jaxlib that is supported, whatever is installed here.
     assert info["ffi"] == (0, 3)

@@ -15,6 +15,6 @@ def test_python_blocks_run_in_order() -> None:
     for block in blocks:
         exec(compile(block, str(README), "exec"), names)
     assert names["y"].shape == (2, 256, 512)
-    # The last block shards batch over all devices; its result lies as its query does.
+    # One block shards batch over all devices; its result lies as its query does.
     assert names["out"].sharding.is_equivalent_to(names["q"].sharding, 4)
     assert len(names["out"].sharding.device_set) == jax.device_count()

@@ -8,7 +8,6 @@ same on several devices: not one gather, in no disguise.
 import dataclasses
 import math
 import re
-import warnings
 from typing import Any
 
 import jax
@@ -358,24 +357,6 @@ def test_scan_over_rematerialised_layers_trains_under_fsdp() -> None:
     got = jax.jit(jax.value_and_grad(loss))(placed_w, placed_x)
     np.testing.assert_allclose(got[0], want[0], rtol=1e-5)
     np.testing.assert_allclose(got[1], want[1], rtol=0, atol=1e-5)
-
-
-def test_a_sharded_length_is_right_and_warned_of_once() -> None:
-    from jax_flash2 import _partition
-
-    _partition._warned.clear()
-    mesh = make_mesh(GRID)
-    options = OPTIONS["causal"]
-    x, _ = arrays(options)
-    by_length = NamedSharding(mesh, P("data", "tensor"))
-    placed = {n: jax.device_put(a, by_length) for n, a in x.items()}
-    with pytest.warns(UserWarning, match="length is sharded over 'tensor'") as caught:
-        out = jax.jit(lambda x: attend(options, x))(placed)
-    assert len(caught) == 1
-    np.testing.assert_allclose(out, expected("causal")[0], rtol=0, atol=1e-5)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        jax.jit(lambda x: 2 * attend(options, x))(placed)
 
 
 @pytest.mark.parametrize(

@@ -315,7 +315,7 @@ def test_batches_depend_on_seed_and_step_alone():
         ("--data no/such", "--data must name a file or directory; got /"),
         ("--length 500000000", "--length must be below the training text's"),
         ("--attention cudnn", "--attention cudnn needs a GPU; got the platform cpu"),
-        ("--mesh 4", "like data=2,tensor=4: each of data, fsdp and tensor at most"),
+        ("--mesh 4", "like data=2,tensor=4: each of data, fsdp, tensor and seq at"),
         ("--mesh data=2,model=2", "with a size of at least 1; got data=2,model=2"),
         ("--mesh data=2,data=2", "with a size of at least 1; got data=2,data=2"),
         ("--mesh fsdp=0", "with a size of at least 1; got fsdp=0"),
@@ -326,6 +326,16 @@ def test_batches_depend_on_seed_and_step_alone():
             "--width 36 --batch 8 --mesh fsdp=8",
             "--width must be a multiple of fsdp = 8",
         ),
+        (
+            "--length 36 --mesh seq=8",
+            "--length must be a multiple of 2 * seq = 16 of --mesh; got 36",
+        ),
+        (
+            "--attention xla --mesh seq=2",
+            "--attention must be flash2 where --mesh has a seq axis",
+        ),
+        ("--hosts here", "--hosts must be like host0:1234,2,0: address and port"),
+        ("--hosts here:1,2,2", "one's index, below that; got here:1,2,2"),
     ],
 )
 def test_bad_arguments_are_refused_by_message(flags, message, tmp_path):
@@ -411,8 +421,16 @@ def one_device_losses() -> list:
         ("data=2,tensor=4", {}, {}),
         ("fsdp=4", {"remat": "flash2", "scan": True}, {}),
         ("tensor=2,data=2,fsdp=2", {"scan": True}, {"attention": "xla"}),
+        ("data=2,seq=4", {"remat": "flash2"}, {}),
+        ("fsdp=2,seq=2,tensor=2", {"scan": True}, {}),
     ],
-    ids=["mesh-data-tensor", "mesh-fsdp-remat-flash2-scan", "mesh-of-all-xla-scan"],
+    ids=[
+        "mesh-data-tensor",
+        "mesh-fsdp-remat-flash2-scan",
+        "mesh-of-all-xla-scan",
+        "mesh-data-seq-remat-flash2",
+        "mesh-fsdp-seq-tensor-scan",
+    ],
 )
 def test_meshes_split_the_state_and_leave_the_losses_alone(
     axes, memory, changes, one_device_losses
@@ -430,8 +448,17 @@ def test_meshes_split_the_state_and_leave_the_losses_alone(
 
     shapes = {kind: [] for kind in COLLECTIVES.split("|")}
     for result, kind in re.findall(rf" = (.*) ({COLLECTIVES})(?:-start)?\(", step):
-        found = re.findall(r"\w\d+\[([\d,]*)\]", result)
+        # Tokens and indices, which are integers, are put in order.
+        integers = "" if "seq" in axes else "su"
+        found = re.findall(rf"[bf{integers}]\d+\[([\d,]*)\]", result)
         shapes[kind] += [[int(n) for n in s.split(",") if n] for s in found]
+    if "seq" in axes:  # keys and values around the ring, and their gradients home
+        size = mesh.shape
+        batch = 8 // (size["data"] * size["fsdp"])
+        local = [batch, 32 // size["seq"], 4 // size["tensor"], 8]
+        assert shapes["collective-permute"]
+        assert all(s == local for s in shapes.pop("collective-permute"))
+        shapes["collective-permute"] = []
     if "fsdp" in axes:
         # No activations: the embedding once, the loop's one layer forward and backward.
         gathered = sum(math.prod(shape) for shape in shapes["all-gather"])
@@ -440,7 +467,8 @@ def test_meshes_split_the_state_and_leave_the_losses_alone(
     else:
         # Sums of the residual stream and of gradients; q, k and v have four axes.
         assert [kind for kind in shapes if shapes[kind]] == ["all-reduce"]
-        assert [4, 32, 32] in shapes["all-reduce"]
+        if "tensor" in axes:
+            assert [4, 32, 32] in shapes["all-reduce"]
         assert max(map(len, shapes["all-reduce"])) == 3
 
 

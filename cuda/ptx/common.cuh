@@ -18,6 +18,18 @@ __device__ __forceinline__ uint32_t opaque(uint32_t value) {
   return value;
 }
 
+// Tests build with JAX_FLASH2_PERTURB: warps then sleep for up to 2 us, by the clock, wherever they
+// wait for others, so that what depends on their order shows. Not where single lanes arrive: a sleep
+// in a branch makes the assembler serialise wgmma (C7520).
+__device__ __forceinline__ void perturb() {
+#ifdef FLASH2_PERTURB
+  uint32_t clock;
+  asm volatile("mov.u32 %0, %%clock;" : "=r"(clock));
+  const uint32_t noise = (clock + threadIdx.x / 32 * 977 + blockIdx.x * 131) * 2654435761u;
+  __nanosleep(__shfl_sync(__activemask(), noise >> 21, __ffs(__activemask()) - 1));
+#endif
+}
+
 // 2^x, flushing subnormals: without .ftz two more instructions would rescale them.
 // PTX ISA 9.7.3, ex2.
 __device__ __forceinline__ float exp2(float x) {
@@ -35,6 +47,13 @@ __device__ __forceinline__ uint32_t pack(float low, float high) {
   } else {
     asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
   }
+  return packed;
+}
+
+// As pack<kFloat16>, of numbers that are not negative.
+__device__ __forceinline__ uint32_t pack_positive(float low, float high) {
+  uint32_t packed;
+  asm("cvt.rn.relu.f16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
   return packed;
 }
 
@@ -56,6 +75,11 @@ __device__ __forceinline__ float2 unpack(uint32_t packed) {
 // PTX ISA 9.7.9, st.shared.
 __device__ __forceinline__ void store_shared(uint32_t address, uint32_t value) {
   asm volatile("st.shared.b32 [%0], %1;" ::"r"(address), "r"(value) : "memory");
+}
+
+__device__ __forceinline__ void store_shared_2(uint32_t address, uint32_t value) {
+  asm volatile("st.shared.b16 [%0], %1;" ::"r"(address), "h"(static_cast<uint16_t>(value))
+               : "memory");
 }
 
 // PTX ISA 9.7.9, ld.shared.
@@ -94,7 +118,7 @@ __device__ __forceinline__ void add_global(float* address, float value) {
   asm volatile("red.relaxed.gpu.global.add.f32 [%0], %1;" ::"l"(address), "f"(value) : "memory");
 }
 
-#if __CUDA_ARCH__ >= 900
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
 __device__ __forceinline__ void add_global_4(float* address, const float (&v)[4]) {
   asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(address),
                "f"(v[0]), "f"(v[1]), "f"(v[2]), "f"(v[3])

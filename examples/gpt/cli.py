@@ -106,10 +106,18 @@ def parse(
         "--mesh",
         default="",
         metavar="AXES",
-        help="several devices, as in data=2,fsdp=2,tensor=2, any of these in any order: "
-        "data and fsdp split the batch; parameters and optimizer state are split over "
-        "fsdp by width, over tensor by heads, MLP and vocabulary; a CPU counts as any "
-        "number; default: one device",
+        help="several devices, as in data=2,fsdp=2,tensor=2,seq=2, any of these in any "
+        "order: data and fsdp split the batch; parameters and optimizer state are split "
+        "over fsdp by width, over tensor by heads, MLP and vocabulary; seq splits each "
+        "sequence; a CPU counts as any number; default: one device",
+    )
+    group.add_argument(
+        "--hosts",
+        default="",
+        metavar="ADDRESS,COUNT,INDEX",
+        help="several processes, as in host0:1234,2,0 on host0 and host0:1234,2,1 on the "
+        "other, the rest of the command the same on both; --mesh counts all devices, "
+        "and DIR is one that all can write to; default: one process",
     )
     group.add_argument(
         "--remat",

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from gpt.config import Config
-from jax_flash2 import Flash2Attention
+from gpt.mesh import context_parallel, stream_sharding
+from jax_flash2 import ContextParallel, Flash2Attention
 
 REMAT_POLICIES = {
     # The names that jax_flash2 gives to the residuals of its backward pass.
@@ -20,7 +21,12 @@ REMAT_POLICIES = {
 class Block(nnx.Module):
     """Attention, then an MLP, each on a normalised copy of the residual stream."""
 
-    def __init__(self, config: Config, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        config: Config,
+        rngs: nnx.Rngs,
+        parallel: ContextParallel | None = None,
+    ):
         self.dtype = jnp.dtype(config.dtype)
         width = config.width
         # Layers that write to the residual stream start smaller, so that its variance
@@ -31,7 +37,7 @@ class Block(nnx.Module):
             nnx.Linear, use_bias=False, dtype=self.dtype, rngs=rngs
         )
         self.attention_norm = layer_norm(width, rngs)
-        self.attention = attention(config, init, init_out, rngs)
+        self.attention = attention(config, init, init_out, rngs, parallel)
         self.mlp_norm = layer_norm(width, rngs)
         self.mlp_in = linear(width, 4 * width, kernel_init=init)
         self.mlp_out = linear(4 * width, width, kernel_init=init_out)
@@ -56,10 +62,11 @@ class GPT(nnx.Module):
         rngs: nnx.Rngs,
         remat: str = "none",
         scan: bool = False,
-        sharding: jax.sharding.Sharding | None = None,
+        mesh: jax.sharding.Mesh | None = None,
     ):
         self.config, self.remat, self.scan = config, remat, scan
-        self.sharding = sharding
+        self.sharding = None if mesh is None else stream_sharding(mesh)
+        parallel = None if mesh is None else context_parallel(mesh)
         self.embedding = nnx.Embed(
             config.vocab,
             config.width,
@@ -71,7 +78,7 @@ class GPT(nnx.Module):
         @nnx.split_rngs(splits=config.layers)
         @nnx.vmap
         def stack(rngs):
-            return Block(config, rngs)
+            return Block(config, rngs, parallel)
 
         self.blocks = stack(rngs)
         self.norm = layer_norm(config.width, rngs)
@@ -96,7 +103,7 @@ class GPT(nnx.Module):
         return self.embedding.attend(x).astype(jnp.float32)
 
     def place(self, x: jax.Array) -> jax.Array:
-        """Splits the residual stream as `sharding` has it.
+        """Splits the residual stream over batch and length.
 
         Without this, XLA may gather activations where it should gather parameters.
         """
@@ -110,7 +117,13 @@ class GPT(nnx.Module):
         nnx.vmap(lambda block: block.attention.init_cache(shape, dtype))(self.blocks)
 
 
-def attention(config: Config, init, init_out, rngs: nnx.Rngs) -> nnx.Module:
+def attention(
+    config: Config,
+    init,
+    init_out,
+    rngs: nnx.Rngs,
+    parallel: ContextParallel | None,
+) -> nnx.Module:
     """Any choice of `--attention`: same parameters, same meaning."""
     settings: dict[str, Any] = dict(
         num_heads=config.heads,
@@ -125,7 +138,12 @@ def attention(config: Config, init, init_out, rngs: nnx.Rngs) -> nnx.Module:
         function = functools.partial(jax_nn_attention, implementation=config.attention)
         return nnx.MultiHeadAttention(**settings, attention_fn=function)
     implementation = None if config.attention == "flash2" else config.attention
-    return Flash2Attention(**settings, rotary=True, implementation=implementation)
+    return Flash2Attention(
+        **settings,
+        rotary=True,
+        implementation=implementation,
+        context_parallel=parallel,
+    )
 
 
 def jax_nn_attention(query, key, value, *, is_causal, implementation, **_):

@@ -10,6 +10,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from gpt.config import Config
 from gpt.mesh import batch_sharding, make_mesh, state_sharding
 from gpt.model import GPT
+from jax_flash2 import zigzag
 
 
 class State(NamedTuple):
@@ -41,7 +42,7 @@ class Trainer:
         self.optimizer = make_optimizer(config)
         self.mesh = make_mesh("") if mesh is None else mesh
         batch = batch_sharding(self.mesh)
-        self.graph, params = abstract_model(config, remat, scan, batch)
+        self.graph, params = abstract_model(config, remat, scan, self.mesh)
         self.num_params = sum(p.size for p in jax.tree.leaves(params))
         state = jax.tree.map(lambda x: x.sharding, self.abstract_state())
         rows, *_ = state.params["embedding"]["embedding"].spec
@@ -54,7 +55,11 @@ class Trainer:
             out_shardings=(state, everywhere),
             donate_argnums=0,
         )
-        self.loss = jax.jit(self._loss, in_shardings=(state.params, batch))
+        self.loss = jax.jit(
+            self._loss,
+            in_shardings=(state.params, batch),
+            out_shardings=everywhere,
+        )
 
     def abstract_state(self) -> State:
         """Shapes, dtypes and placement of the state."""
@@ -75,8 +80,12 @@ class Trainer:
         # A lookup needs rows of full width: else XLA would redistribute activations.
         table = jax.lax.with_sharding_constraint(params["embedding"], self.table)
         params = params | {"embedding": table}
-        logits = nnx.merge(self.graph, params)(tokens[:, :-1])
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])
+        inputs, targets = tokens[:, :-1], tokens[:, 1:]
+        ways = self.mesh.shape["seq"]
+        if ways > 1:  # so that every device has the same causal work
+            inputs, targets = (zigzag(x, ways) for x in (inputs, targets))
+        logits = nnx.merge(self.graph, params)(inputs)
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
         return losses.mean()
 
     def _step(self, state: State, tokens) -> tuple[State, Metrics]:
@@ -100,10 +109,10 @@ class Trainer:
 
 
 def abstract_model(
-    config: Config, remat: str = "none", scan: bool = False, sharding: Any = None
+    config: Config, remat: str = "none", scan: bool = False, mesh: Any = None
 ):
     """The model's graph, to merge with parameters, and those as shapes and dtypes."""
-    model = nnx.eval_shape(lambda: GPT(config, nnx.Rngs(0), remat, scan, sharding))
+    model = nnx.eval_shape(lambda: GPT(config, nnx.Rngs(0), remat, scan, mesh))
     return nnx.split(model, nnx.Param)
 
 

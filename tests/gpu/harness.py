@@ -4,14 +4,18 @@ import functools
 from typing import Any
 
 import jax
+import pytest
 
 from cases import OPTIONS, Case, Inputs, covering, results
 from compare import assert_follow_the_rule
 from jax_flash2 import flash_attention
 
 FORCED = "cuda_sm80"
-# Every family of kernels that this GPU runs.
-FAMILIES = (FORCED,)
+# Every family of kernels that this GPU runs. On Hopper "cuda" takes the sm90 kernels where
+# they serve the call.
+HOPPER = getattr(jax.local_devices()[0], "compute_capability", None) == "9.0"
+FAMILIES = (FORCED, "cuda") if HOPPER else (FORCED,)
+each_family = pytest.mark.parametrize("family", FAMILIES)
 # What the kernels do not take, and `flash_attention` runs in plain JAX.
 UNSUPPORTED = {
     *("mask", "mask_of_keys", "bias", "bias_of_heads", "bias_masking"),
@@ -48,12 +52,17 @@ def evaluate(
     return results(without_slopes(inputs), implementation, **more)
 
 
-def check(inputs: Inputs, note: str = "") -> dict[str, jax.Array]:
-    """What `evaluate` gives, after all families of kernels passed the rule of accuracy."""
+def check_families(inputs: Inputs, note: str = "") -> dict[str, dict[str, jax.Array]]:
+    """What `evaluate` gives, by family, after all of them passed the rule of accuracy."""
     ours = {family: evaluate(inputs, family) for family in FAMILIES}
     notes = {f"{note} {family}".strip(): x for family, x in ours.items()}
     assert_follow_the_rule(without_slopes(inputs), notes)
-    return ours[FORCED]
+    return ours
+
+
+def check(inputs: Inputs, note: str = "") -> dict[str, jax.Array]:
+    """`check_families`, of which the family that every GPU has."""
+    return check_families(inputs, note)[FORCED]
 
 
 def without_slopes(inputs: Inputs) -> Inputs:
@@ -64,16 +73,17 @@ def without_slopes(inputs: Inputs) -> Inputs:
     return Inputs(wrt, fixed, inputs.static, inputs.cotangents)
 
 
-def forward(inputs: Inputs) -> dict[str, jax.Array]:
+def forward(inputs: Inputs, family: str = FORCED) -> dict[str, jax.Array]:
     """Output and logsumexp alone."""
-    return _compiled(tuple(sorted(inputs.static.items())))(inputs.wrt | inputs.fixed)
+    run = _compiled(family, tuple(sorted(inputs.static.items())))
+    return run(inputs.wrt | inputs.fixed)
 
 
 @functools.cache
-def _compiled(static: tuple[tuple[str, Any], ...]) -> Any:
+def _compiled(family: str, static: tuple[tuple[str, Any], ...]) -> Any:
     def run(arrays: Any) -> dict[str, jax.Array]:
         out, lse = flash_attention(
-            **arrays, **dict(static), implementation=FORCED, return_residual=True
+            **arrays, **dict(static), implementation=family, return_residual=True
         )
         return {"out": out, "lse": lse}
 

@@ -7,7 +7,7 @@ import sys
 import jax
 import jax.numpy as jnp
 import pytest
-from harness import FORCED, check, evaluate, gpu_case
+from harness import FORCED, check_families, each_family, evaluate, gpu_case
 
 from cases import Inputs, results
 from compare import assert_bitwise_equal, assert_follows_the_rule
@@ -17,8 +17,8 @@ DIMS = (64, 128, 256)
 GRADIENTS = ("dquery", "dkey", "dvalue")
 
 
-def gradients(inputs):
-    found = evaluate(inputs)
+def gradients(inputs, family):
+    found = evaluate(inputs, family)
     return {name: found[name] for name in GRADIENTS}
 
 
@@ -27,9 +27,9 @@ def test_only_the_logsumexp_has_a_cotangent(head_dim):
     inputs = gpu_case("causal", "sinks", head_dim=head_dim, length=100).inputs()
     out, lse = inputs.cotangents
     some = Inputs(inputs.wrt, inputs.fixed, inputs.static, (jnp.zeros_like(out), lse))
-    ours = check(some)
-    assert (ours["dvalue"] == 0).all()
-    assert (ours["dquery"] != 0).any()
+    for family, ours in check_families(some).items():
+        assert (ours["dvalue"] == 0).all(), family
+        assert (ours["dquery"] != 0).any(), family
 
 
 @pytest.mark.parametrize(
@@ -44,7 +44,8 @@ def test_only_the_logsumexp_has_a_cotangent(head_dim):
         (("segments", "alibi", "soft_cap"), dict(head_dim=64)),
     ],
 )
-def test_deterministic_gradients_repeat(options, shape, facts):
+@each_family
+def test_deterministic_gradients_repeat(options, shape, family, facts):
     """1,000 runs, which other work disturbs, give the bytes of the first."""
     runs = 1000
     case = gpu_case(
@@ -53,23 +54,25 @@ def test_deterministic_gradients_repeat(options, shape, facts):
         **shape,
     )
     inputs = case.inputs()
-    want = gradients(inputs)
+    want = gradients(inputs, family)
     same = jax.jit(lambda a, b: jax.tree.map(lambda x, y: (x == y).all(), a, b))
     noise = jax.jit(lambda x: jnp.tanh(x @ x))
     x, equal = jnp.ones((1024, 1024)), []
     for run in range(runs):
         if run % 3 == 0:
             x = noise(x)
-        equal.append(same(gradients(inputs), want))
+        equal.append(same(gradients(inputs, family), want))
     assert all(map(bool, jax.tree.leaves(jax.device_get(equal))))
-    facts("deterministic", str(case), runs)
+    facts("deterministic", family, str(case), runs)
 
 
-def test_key_and_value_gradients_repeat_anyway():
-    inputs = gpu_case("causal", length=1500, head_dim=128).inputs()
-    want = gradients(inputs)
+@each_family
+@pytest.mark.parametrize("head_dim", DIMS)
+def test_key_and_value_gradients_repeat_anyway(head_dim, family):
+    inputs = gpu_case("causal", length=1500, head_dim=head_dim).inputs()
+    want = gradients(inputs, family)
     for _ in range(50):
-        ours = gradients(inputs)
+        ours = gradients(inputs, family)
         for name in ("dkey", "dvalue"):
             assert_bitwise_equal(ours[name], want[name])
 

@@ -3,13 +3,22 @@
 Output, logsumexp and all gradients, from cotangents of both.
 """
 
+import functools
 import itertools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from harness import FORCED, SUPPORTED, check, evaluate, gpu_case, option_sets
+from harness import (
+    SUPPORTED,
+    check,
+    check_families,
+    each_family,
+    evaluate,
+    gpu_case,
+    option_sets,
+)
 
 from cases import Inputs
 from compare import assert_bitwise_equal
@@ -99,14 +108,14 @@ def test_tiny_lengths_exhaustively(options, head_dim):
     shape = dict(length=9, batch=(len(pairs),), heads=2, kv_heads=1)
     inputs = gpu_case(*options, **shape, head_dim=head_dim).inputs()
     lengths = jnp.asarray(pairs, jnp.int32)
-    together = check(
+    whole = check_families(
         inputs.replace(
             query_seq_lengths=lengths[:, 0], key_value_seq_lengths=lengths[:, 1]
         )
     )
 
-    @jax.jit
-    def one_by_one(arrays, cotangents):
+    @functools.partial(jax.jit, static_argnums=2)
+    def one_by_one(arrays, cotangents, family):
         found = []
         for e, (q, k) in enumerate(pairs):
             ends = {"query": q, "key": k, "value": k}
@@ -114,7 +123,7 @@ def test_tiny_lengths_exhaustively(options, head_dim):
             call = lambda parts: flash_attention(  # noqa: E731
                 **parts,
                 **inputs.static,
-                implementation=FORCED,
+                implementation=family,
                 return_residual=True,
             )
             (out, lse), pullback = jax.vjp(call, parts)
@@ -124,12 +133,13 @@ def test_tiny_lengths_exhaustively(options, head_dim):
             )
         return found
 
-    for e, alone in enumerate(one_by_one(inputs.wrt, inputs.cotangents)):
-        for name, x in alone.items():
-            whole = together[name][e : e + 1]
-            assert_bitwise_equal(x, whole[:, : x.shape[1]], f"{pairs[e]} {name}")
-            nothing = -jnp.inf if name == "lse" else 0
-            assert (whole[:, x.shape[1] :] == nothing).all()
+    for family, together in whole.items():
+        parts = one_by_one(inputs.wrt, inputs.cotangents, family)
+        for (e, alone), name in itertools.product(enumerate(parts), together):
+            x, ours = alone[name], together[name][e : e + 1]
+            note = f"{family} {pairs[e]} {name}"
+            assert_bitwise_equal(x, ours[:, : x.shape[1]], note)
+            assert (ours[:, x.shape[1] :] == (-jnp.inf if name == "lse" else 0)).all()
 
 
 @pytest.mark.parametrize("options", [(), ("causal",), ("window",)])
@@ -165,9 +175,10 @@ def test_residues_of_the_shapes(q_length):
         (("chunk", "offset"), {"query_offset": jnp.full(3, 10**6, jnp.int32)}),
     ],
 )
-def test_rows_that_see_no_key(options, values, head_dim):
+@each_family
+def test_rows_that_see_no_key(options, values, head_dim, family):
     case = gpu_case(*options, head_dim=head_dim)
-    for name, x in evaluate(case.inputs().replace(**values)).items():
+    for name, x in evaluate(case.inputs().replace(**values), family).items():
         assert (x == (-jnp.inf if name == "lse" else 0)).all(), name
 
 
@@ -184,18 +195,20 @@ def test_rows_that_see_only_their_sink():
 
 
 @pytest.mark.parametrize("shape", [(0, 5, 5), (2, 0, 5), (2, 5, 0)])
-def test_zero_sizes(shape):
+@each_family
+def test_zero_sizes(shape, family):
     batch, q_length, kv_length = shape
     case = gpu_case(q_length=q_length, kv_length=kv_length, batch=(batch,))
-    for name, x in evaluate(case.inputs()).items():
+    for name, x in evaluate(case.inputs(), family).items():
         assert (x == (-jnp.inf if name == "lse" else 0)).all(), name
 
 
 @pytest.mark.parametrize("head_dim", DIMS)
-def test_nan_past_the_lengths_does_not_leak(head_dim):
+@each_family
+def test_nan_past_the_lengths_does_not_leak(head_dim, family):
     options = ("key_lengths", "query_lengths", "deterministic")
     inputs = gpu_case(*options, length=200, head_dim=head_dim).inputs()
-    clean = evaluate(inputs)
+    clean = evaluate(inputs, family)
     nan = {}
     for name in ("query", "key", "value", "out", "lse"):
         side = "key_value" if name in ("key", "value") else "query"
@@ -208,7 +221,7 @@ def test_nan_past_the_lengths_does_not_leak(head_dim):
     wrt = {name: poison(x, name) for name, x in inputs.wrt.items()}
     cotangents = tuple(map(poison, inputs.cotangents, ("out", "lse")))
     poisoned = Inputs(wrt, inputs.fixed, inputs.static, cotangents)
-    assert_bitwise_equal(evaluate(poisoned), clean)
+    assert_bitwise_equal(evaluate(poisoned, family), clean)
 
 
 @pytest.mark.parametrize("head_dim", DIMS)
@@ -229,26 +242,27 @@ def test_scales_without_and_with_a_sign(scale):
     check(inputs.replace(scale=scale))
 
 
-def test_every_output_is_written():
+@each_family
+def test_every_output_is_written(family):
     """Freed memory full of NaN is what results and workspace are made from."""
     case = gpu_case("key_lengths", "deterministic", length=333, batch=(4,), head_dim=72)
     inputs = case.inputs()
-    want = evaluate(inputs)
+    want = evaluate(inputs, family)
     for _ in range(5):
         poison = [jnp.full((64 << 20,), jnp.nan, jnp.float32) for _ in range(4)]
         jax.block_until_ready(poison)
         del poison
-        assert_bitwise_equal(evaluate(inputs), want)
+        assert_bitwise_equal(evaluate(inputs, family), want)
 
 
 # --------------------------------------------------------------------------------- sizes
 
 
-def attend(q, k, v, dout):
+def attend(q, k, v, dout, family):
     """Output and gradients."""
 
     def run(q, k, v, dout):
-        call = lambda *x: flash_attention(*x, implementation=FORCED)  # noqa: E731
+        call = lambda *x: flash_attention(*x, implementation=family)  # noqa: E731
         out, pullback = jax.vjp(call, q, k, v)
         return out, *pullback(dout)
 
@@ -269,40 +283,43 @@ def near(a, b):
     np.testing.assert_allclose(a, b, rtol=2.0**-6, atol=2.0**-7 * np.abs(b).max())
 
 
-def test_more_than_2_31_elements_of_query():
+@each_family
+def test_more_than_2_31_elements_of_query(family):
     rows, heads, head_dim = 2**18 + 128, 64, 128
     q, dout = normal(0, 1, rows, heads, head_dim), normal(3, 1, rows, heads, head_dim)
     assert q.size > 2**31
     k, v = normal(1, 1, 64, 64, head_dim), normal(2, 1, 64, 64, head_dim)
-    out, dq, dk, dv = attend(q, k, v, dout)
+    out, dq, dk, dv = attend(q, k, v, dout, family)
     for start in (0, 2**17, rows - 256):
         part = slice(start, start + 256)
-        some, some_dq, _, _ = attend(q[:, part], k, v, dout[:, part])
+        some, some_dq, _, _ = attend(q[:, part], k, v, dout[:, part], family)
         assert equal_on_device(out[:, part], some)
         near(dq[:, part], some_dq)
     one = slice(heads - 1, heads)
-    some = attend(*(x[:, :, one] for x in (q, k, v, dout)))
+    some = attend(*(x[:, :, one] for x in (q, k, v, dout)), family)
     assert_bitwise_equal([dk[:, :, one], dv[:, :, one]], list(some[2:]))
 
 
-def test_more_than_2_31_elements_of_key_and_value():
+@each_family
+def test_more_than_2_31_elements_of_key_and_value(family):
     rows, heads, head_dim = 2**18 + 128, 64, 128
     k, v = normal(1, 1, rows, heads, head_dim), normal(2, 1, rows, heads, head_dim)
     q, dout = normal(0, 1, 64, heads, head_dim), normal(3, 1, 64, heads, head_dim)
-    out, dq, dk, dv = attend(q, k, v, dout)
+    out, dq, dk, dv = attend(q, k, v, dout, family)
     for head in (0, heads - 1):
         one = slice(head, head + 1)
-        some = attend(*(x[:, :, one] for x in (q, k, v, dout)))
+        some = attend(*(x[:, :, one] for x in (q, k, v, dout)), family)
         assert equal_on_device(out[:, :, one], some[0])
         near(dq[:, :, one], some[1])
         assert_bitwise_equal([dk[:, :, one], dv[:, :, one]], list(some[2:]))
 
 
 @pytest.mark.parametrize(("batch", "heads"), [(71280, 1), (1, 71280), (8300, 16)])
-def test_more_heads_than_a_grid_axis_holds(batch, heads):
+@each_family
+def test_more_heads_than_a_grid_axis_holds(batch, heads, family):
     q, dout = normal(0, batch, 3, heads, 64), normal(3, batch, 3, heads, 64)
     k, v = normal(1, batch, 5, heads, 64), normal(2, batch, 5, heads, 64)
-    found = attend(q, k, v, dout)
+    found = attend(q, k, v, dout, family)
     b, h = slice(batch - 1, batch), slice(heads - 1, heads)
-    some = attend(*(x[b, :, h] for x in (q, k, v, dout)))
+    some = attend(*(x[b, :, h] for x in (q, k, v, dout)), family)
     assert_bitwise_equal([x[b, :, h] for x in found], list(some))
