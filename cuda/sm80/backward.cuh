@@ -259,14 +259,20 @@ __global__ void __launch_bounds__(256, 1)
       ptx::mbarrier_wait(p_full, now.number % 2);
       if (now.number > 0) ptx::mbarrier_wait(ds_empty, (now.number - 1) % 2);
       const uint32_t deltas = block.deltas(now);
+      uint32_t hand[kSlices][kM][4];
+#pragma unroll
+      for (int step = 0; step < kSlices; ++step)
+#pragma unroll
+        for (int m = 0; m < kM; ++m) {
+          load_words(hand_address(m, block.split * kSlices + step), hand[step][m]);
+        }
 #pragma unroll
       for (int step = 0; step < kSlices; ++step) {
         const typename Block::RowPairs delta(deltas, step);
 #pragma unroll
         for (int m = 0; m < kM; ++m) {
-          uint32_t hand[4], a[4];
-          load_words(hand_address(m, block.split * kSlices + step), hand);
-          block.score_gradients(dp, delta, step, m, hand, block.ds, a);
+          uint32_t a[4];
+          block.score_gradients(dp, delta, step, m, hand[step][m], block.ds, a);
           keep_own(step, m, a);
         }
       }
