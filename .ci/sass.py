@@ -1,6 +1,7 @@
 """Judges the machine code: ``sass.py CUOBJDUMP MODULE``.
 
-ptxas reports spills of a whole kernel; what matters is where they are. A loop is what lies
+ptxas reports spills of a whole kernel; what matters is where they are, and which products
+of a warpgroup wait for their descriptors. A loop is what lies
 between a backward branch and its target; a main loop is an innermost one with matrix
 products, and of those the shortest, since the others also mask.
 """
@@ -69,6 +70,14 @@ def judge(text: str) -> tuple[int, list[str]]:
         operations = [operation for _, operation, _ in kernel.main_loop()]
         loops += bool(operations)
         spills = sum(operation in LOCAL for operation in operations)
+        # A descriptor on its way from a vector register: the next product waits for it.
+        where = [i for i, x in enumerate(operations) if x == "HGMMA"]
+        between = operations[where[0] : where[-1]] if where else []
+        if moves := between.count("R2UR"):
+            problems.append(
+                f"{kernel.name} for {kernel.architecture}: {moves} R2UR between the "
+                "products of its main loop"
+            )
         # A kernel that masks everywhere has one loop of some thousand instructions.
         if spills > len(operations) // 350 or (spills and len(operations) < 1100):
             problems.append(

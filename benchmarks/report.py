@@ -4,6 +4,7 @@ Between ``<!-- results: NAME -->`` and ``<!-- end -->`` in README.md stands what
   GPU/fwd, GPU/bwd    TFLOP/s of every contender, such as h100/fwd
   cpu/speed           milliseconds on CPU, and how many times the dense path's speed
   cpu/memory          peak memory on CPU
+  GPU/parity          one model trained with several attentions: losses and step times
   GPU/meta, cpu/meta  on what, with what, and when it was measured
 
   python benchmarks/report.py           rewrites README.md, and the plots results/GPU/*.png
@@ -34,6 +35,13 @@ TITLES = {
     "flash2_sm90": "**jax_flash2, sm90 kernels**",
 }
 PASSES = {"fwd": "forward", "bwd": "backward"}
+# Of parity.json; the last is the one that the others are compared with.
+TRAINED = {
+    "flash2": "**jax_flash2**, bfloat16",
+    "cudnn": "cuDNN, bfloat16",
+    "xla": "XLA, bfloat16",
+    "reference": "dense reference, float32",
+}
 
 
 def table(head: list[str], rows: Iterable[list[str]]) -> str:
@@ -113,6 +121,40 @@ def cpu_memory(results: dict[str, Any]) -> str:
     return table(["peak of forward + backward, MiB", *map(str, seqs)], lines)
 
 
+def strays(runs: dict[str, Any], impl: str, which: str) -> list[float]:
+    """How far a run is from the float32 one: the largest deviation up to each step."""
+    largest, found = 0.0, []
+    for x, exact in zip(runs[impl][which], runs["reference"][which], strict=True):
+        largest = max(largest, abs(x - exact))
+        found.append(largest)
+    return found
+
+
+def parity(results: dict[str, Any]) -> str:
+    runs, lines = results["runs"], []
+    for impl, title in TRAINED.items():
+        if impl not in runs:
+            continue
+        run, far = runs[impl], impl != "reference"
+        lines.append(
+            [
+                title,
+                f"{sum(run['loss'][-20:]) / len(run['loss'][-20:]):.4f}",
+                f"{strays(runs, impl, 'loss')[-1]:.4f}" if far else "",
+                f"{strays(runs, impl, 'grad_norm')[-1]:.4f}" if far else "",
+                f"{run['step_ms']:.1f}",
+            ]
+        )
+    head = [
+        "",
+        "loss, last 20 steps",
+        "loss strays by",
+        "gradient norm by",
+        "ms a step",
+    ]
+    return table(head, lines)
+
+
 def about(results: dict[str, Any]) -> str:
     meta = results["meta"]
     machine = meta.get("gpu") or meta.get("cpu")
@@ -123,15 +165,17 @@ def about(results: dict[str, Any]) -> str:
 
 def block(name: str) -> str:
     folder, which = name.split("/")
-    file = (
-        "attention" if folder != "cpu" else "memory" if which == "memory" else "speed"
-    )
+    file = "memory" if which == "memory" else "speed"
+    if folder != "cpu":
+        file = "parity" if which == "parity" else "attention"
     path = _results.FOLDER / folder / f"{file}.json"
     if not path.exists():
         return "Not measured yet.\n"
     results = _results.read(path)
     if which == "meta":
         return about(results)
+    if which == "parity":
+        return parity(results)
     if folder == "cpu":
         return {"speed": cpu_speed, "memory": cpu_memory}[which](results)
     return gpu(results, which)
@@ -184,6 +228,44 @@ def plot(folder: Path) -> None:
         pyplot.close(figure)
 
 
+def plot_parity(folder: Path) -> None:
+    """Losses and gradient norms of every run, and how far each strays from float32."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    results = _results.read(folder / "parity.json")
+    runs = results["runs"]
+    figure, axes = pyplot.subplots(2, 2, sharex=True, figsize=(10, 6))
+    names = {"loss": "loss", "grad_norm": "gradient norm"}
+    for column, (which, name) in enumerate(names.items()):
+        above, below = axes[0][column], axes[1][column]
+        above.set_title(name)
+        below.set_title(f"{name}: largest deviation from float32 so far")
+        for n, (impl, title) in enumerate(TRAINED.items()):
+            if impl not in runs:
+                continue
+            steps = range(1, len(runs[impl][which]) + 1)
+            label = title.replace("*", "")
+            above.plot(
+                steps, runs[impl][which], color=f"C{n}", label=label, linewidth=1
+            )
+            if impl != "reference":
+                below.plot(steps, strays(runs, impl, which), color=f"C{n}")
+        for ax in (above, below):
+            ax.grid(alpha=0.3)
+            ax.set_yscale("log")
+        below.set_xlabel("step")
+    lines, labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(lines, labels, loc="outside lower center", ncol=4)
+    millions = results["meta"]["parameters"] / 1e6
+    figure.suptitle(f"A GPT of {millions:.0f}M parameters, same start, same batches")
+    figure.set_layout_engine("constrained")
+    figure.savefig(folder / "parity.png", dpi=110, metadata={"Software": None})
+    pyplot.close(figure)
+
+
 def main() -> None:
     p = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -197,6 +279,8 @@ def main() -> None:
     README.write_text(new)
     for path in sorted(_results.FOLDER.glob("*/attention.json")):
         plot(path.parent)
+    for path in sorted(_results.FOLDER.glob("*/parity.json")):
+        plot_parity(path.parent)
 
 
 if __name__ == "__main__":

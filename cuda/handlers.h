@@ -12,6 +12,8 @@ struct Registration {
   XLA_FFI_Handler* handler;
 };
 
-extern const Registration kRegistrations[1];
+extern XLA_FFI_Handler* const kBackward;
+
+extern const Registration kRegistrations[2];
 
 }  // namespace flash2

@@ -1,4 +1,6 @@
-// The only host file that talks to the CUDA runtime.
+// The launch of the forward; with launch_backward.cc, all that talks to the CUDA runtime.
+
+#include "launch.h"
 
 #include <cuda_runtime_api.h>
 
@@ -14,8 +16,6 @@
 namespace flash2 {
 namespace {
 
-constexpr int kMaxDevices = 64;
-
 template <DataType kType>
 const void* find_kernel(const ForwardPlan& plan) {
   switch (plan.head_dim) {
@@ -27,24 +27,6 @@ const void* find_kernel(const ForwardPlan& plan) {
       return sm80::forward_kernel<256, kType>(plan.variant, plan.general);
   }
   return nullptr;
-}
-
-// More than 48 KB of shared memory must be asked for, once per kernel and device. Two threads that
-// ask at once do no harm.
-cudaError_t allow_smem(const void* kernel, int bit, uint32_t bytes) {
-  static std::atomic<uint64_t> done[kMaxDevices];
-  int device = 0;
-  if (const cudaError_t error = cudaGetDevice(&device); error != cudaSuccess) return error;
-  const uint64_t mask = uint64_t{1} << bit;
-  if (device < kMaxDevices && (done[device].load(std::memory_order_relaxed) & mask)) {
-    return cudaSuccess;
-  }
-  const cudaError_t error = cudaFuncSetAttribute(
-      kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
-  if (error == cudaSuccess && device < kMaxDevices) {
-    done[device].fetch_or(mask, std::memory_order_relaxed);
-  }
-  return error;
 }
 
 }  // namespace
@@ -80,27 +62,23 @@ int query_device(int ordinal, Device* device) {
   return cudaSuccess;
 }
 
-int launch_forward(const ForwardProblem& problem, const ForwardPlan& plan, void* /*workspace*/,
+int launch_forward(const ForwardProblem& problem, const ForwardPlan& plan, void* workspace,
                    CUstream_st* stream) {
   if (plan.status != PlanStatus::kOk) return cudaErrorInvalidValue;
   if (plan.empty) return cudaSuccess;
+  if (plan.family == 90) return sm90::launch_forward(problem, plan, workspace, stream);
   const bool bfloat16 = problem.data_type == DataType::kBFloat16;
   const void* kernel =
       bfloat16 ? find_kernel<DataType::kBFloat16>(plan) : find_kernel<DataType::kFloat16>(plan);
   if (kernel == nullptr) return cudaErrorInvalidDeviceFunction;
   static_assert(4 * sm80::kForwardTileCount <= 64);
   const int bit = 4 * plan.variant + 2 * bfloat16 + plan.general;
-  if (const cudaError_t error = allow_smem(kernel, bit, plan.smem_bytes); error != cudaSuccess) {
+  static SmemAllowance allowance;
+  if (const cudaError_t error = allowance.ask(kernel, bit, plan.smem_bytes);
+      error != cudaSuccess) {
     return error;
   }
-  const uint32_t tiles_q = plan.tiles_q, section = plan.section;
-  ForwardParams params{problem,
-                       tiles_q,
-                       static_cast<uint32_t>(problem.batch) * problem.heads_q,
-                       Divisor(section),
-                       Divisor(section * tiles_q),
-                       Divisor(problem.heads_q),
-                       Divisor(problem.heads_q / problem.heads_kv)};
+  ForwardParams params = make_params(problem, plan);
   void* arguments[] = {&params};
   return cudaLaunchKernel(kernel, dim3(plan.grid), dim3(plan.block), arguments, plan.smem_bytes,
                           stream);

@@ -27,7 +27,8 @@ struct Visibility {
   int prefix;
   int kv_length;
 
-  __device__ __forceinline__ Visibility(const ForwardProblem& p, int batch) {
+  Visibility() = default;
+  __device__ __forceinline__ Visibility(const Problem& p, int batch) {
     int64_t position = p.query_offset;
     if (p.query_offset_operand.data) position += p.query_offset_operand.at(batch);
     constexpr int64_t kMax = kMaxPosition;
@@ -40,7 +41,7 @@ struct Visibility {
   }
 
   // The keys that query row `row` sees; empty where end <= begin.
-  __device__ __forceinline__ Interval row(const ForwardProblem& p, int row) const {
+  __device__ __forceinline__ Interval row(const Problem& p, int row) const {
     const int i = row + offset;
     Interval keys{0, kv_length};
     if (p.window_left != kUnbounded) keys.begin = max(0, i - p.window_left);
@@ -52,6 +53,22 @@ struct Visibility {
       keys.end = min(keys.end, first + p.chunk_size);
     }
     return keys;
+  }
+
+  // The other way round: the query rows, of q_length, that see a key below kv_length. Both ends
+  // rise with the key.
+  __device__ __forceinline__ Interval column(const Problem& p, int key, int q_length) const {
+    const int row = key - offset;  // that stands at the key
+    Interval rows{0, q_length};
+    if (p.window_left != kUnbounded) rows.end = min(rows.end, row + p.window_left + 1);
+    if (p.window_right != kUnbounded) rows.begin = max(0, row - p.window_right);
+    if (p.is_causal && key >= prefix) rows.begin = max(rows.begin, row);
+    if (p.chunk_size > 0) {
+      const int first = key / p.chunk_size * p.chunk_size - offset;
+      rows.begin = max(rows.begin, first);
+      rows.end = min(rows.end, first + p.chunk_size);
+    }
+    return rows;
   }
 };
 
@@ -67,8 +84,8 @@ struct BlockRange {
   int whole_top;  // one past the uppermost whole block
   int whole_bottom;
 
-  __device__ __forceinline__ BlockRange(const ForwardProblem& p, const Visibility& visibility,
-                                        int first, int last) {
+  __device__ __forceinline__ BlockRange(const Problem& p, const Visibility& visibility, int first,
+                                        int last) {
     const Interval a = visibility.row(p, first), b = visibility.row(p, last);
     const int bottom = a.begin / kTileKv;
     top = (max(b.end, 0) + kTileKv - 1) / kTileKv;

@@ -1,8 +1,9 @@
-// What a forward kernel receives: the problem, and what the plan adds to it.
+// What the kernels receive: the problem, and what the plan adds to it.
 #pragma once
 
 #include <cstdint>
 
+#include "plan.h"
 #include "problem.h"
 
 namespace flash2 {
@@ -37,6 +38,41 @@ struct ForwardParams {
   Divisor section_tiles;
   Divisor heads_q;
   Divisor group;  // query heads per key head
+};
+
+inline ForwardParams make_params(const ForwardProblem& problem, const ForwardPlan& plan) {
+  const uint32_t tiles_q = plan.tiles_q, section = plan.section;
+  return {problem,
+          tiles_q,
+          static_cast<uint32_t>(problem.batch) * problem.heads_q,
+          Divisor(section),
+          Divisor(section * tiles_q),
+          Divisor(problem.heads_q),
+          Divisor(problem.heads_q / problem.heads_kv)};
+}
+
+struct BackwardParams {
+  BackwardProblem problem;
+  // The workspace: BackwardWorkspace has the shapes.
+  float* dquery_sums;
+  float* lse2;
+  float* delta;
+  // Null where nobody waits for others: sm80 unless deterministic.
+  int32_t* turns;
+  int32_t* finished;
+  int32_t* ticket;
+  // The first key tile of a row block stores its sums of dQ, and nobody writes zeros before.
+  bool first_stores;
+  bool transposed_sums;  // dquery_sums.cuh
+  bool finish_inside;    // the last block of a key head makes dQ of its query heads
+  uint32_t rows_per_head;
+  uint32_t tiles_kv;  // tiles per key head
+  uint32_t heads;     // batch * heads_kv
+  Divisor section;
+  Divisor section_tiles;
+  Divisor heads_kv;
+  Divisor row_blocks;  // kRowPadding rows each, per query head
+  Divisor heads_q;
 };
 
 }  // namespace flash2

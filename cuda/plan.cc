@@ -5,6 +5,7 @@
 
 #include "problem.h"
 #include "sm80/tiles.h"
+#include "sm90/choose.h"
 
 namespace flash2 {
 namespace {
@@ -21,6 +22,35 @@ constexpr int64_t kSectionBytes = int64_t{32} << 20;
 bool is_head_dim(int32_t d) { return d >= 8 && d <= 256 && d % 8 == 0; }
 bool is_position(int64_t x) { return x >= -kMaxPosition && x <= kMaxPosition; }
 
+// The first tile of the bucket that fits as often as it was made for, else the last that fits.
+int choose_tile(const Device& device, int bucket) {
+  int chosen = -1;
+  for (int i = 0; i < kForwardTileCount; ++i) {
+    const ForwardTile& tile = kForwardTiles[i];
+    if (tile.head_dim != bucket || tile.smem_bytes() > device.smem_per_block) continue;
+    chosen = i;
+    if (tile.blocks_per_sm * (tile.smem_bytes() + kReservedSmem) <= device.smem_per_sm) break;
+  }
+  return chosen;
+}
+
+void choose_sm80_tile(const Device& device, const ForwardProblem& p, ForwardPlan* plan) {
+  plan->variant = choose_tile(device, plan->head_dim);
+  if (plan->variant < 0) {
+    plan->status = PlanStatus::kDeviceTooOld;
+    return;
+  }
+  const ForwardTile& tile = kForwardTiles[plan->variant];
+  plan->general = p.soft_cap > 0.0f || p.alibi_slopes.data || p.query_segment_ids.data;
+  plan->tile_q = tile.tile_q();
+  plan->tile_kv = tile.tile_kv;
+  plan->stages = 2;
+  plan->block = tile.threads();
+  plan->smem_bytes = tile.smem_bytes();
+}
+
+}  // namespace
+
 bool is_aligned(const void* pointer, const Strides& stride, int64_t batch, int64_t rows,
                 int64_t heads) {
   const auto odd = [](int64_t s, int64_t size) { return size > 1 && s % 8 != 0; };
@@ -28,7 +58,7 @@ bool is_aligned(const void* pointer, const Strides& stride, int64_t batch, int64
          !odd(stride.row, rows) && !odd(stride.head, heads);
 }
 
-PlanStatus check(const Device& device, const ForwardProblem& p) {
+PlanStatus check_problem(const Device& device, const Problem& p) {
   if (device.compute_capability < 80) return PlanStatus::kDeviceTooOld;
   if (std::min({p.batch, p.heads_q, p.heads_kv, p.seq_q, p.seq_kv, p.chunk_size}) < 0 ||
       p.soft_cap < 0.0f) {
@@ -46,26 +76,11 @@ PlanStatus check(const Device& device, const ForwardProblem& p) {
   }
   if (!is_aligned(p.query, p.query_stride, p.batch, p.seq_q, p.heads_q) ||
       !is_aligned(p.key, p.key_stride, p.batch, p.seq_kv, p.heads_kv) ||
-      !is_aligned(p.value, p.value_stride, p.batch, p.seq_kv, p.heads_kv) ||
-      !is_aligned(p.out, p.out_stride, p.batch, p.seq_q, p.heads_q)) {
+      !is_aligned(p.value, p.value_stride, p.batch, p.seq_kv, p.heads_kv)) {
     return PlanStatus::kAlignment;
   }
   return PlanStatus::kOk;
 }
-
-// The first tile of the bucket that fits as often as it was made for, else the last that fits.
-int choose_tile(const Device& device, int bucket) {
-  int chosen = -1;
-  for (int i = 0; i < kForwardTileCount; ++i) {
-    const ForwardTile& tile = kForwardTiles[i];
-    if (tile.head_dim != bucket || tile.smem_bytes() > device.smem_per_block) continue;
-    chosen = i;
-    if (tile.blocks_per_sm * (tile.smem_bytes() + kReservedSmem) <= device.smem_per_sm) break;
-  }
-  return chosen;
-}
-
-}  // namespace
 
 const char* describe(PlanStatus status) {
   switch (status) {
@@ -92,25 +107,23 @@ const char* describe(PlanStatus status) {
   return "unknown status";
 }
 
-ForwardPlan plan_forward(const Device& device, const ForwardProblem& p) {
+ForwardPlan plan_forward(const Device& device, const ForwardProblem& p, int32_t family) {
   ForwardPlan plan;
-  plan.status = check(device, p);
+  plan.status = check_problem(device, p);
+  if (plan.status == PlanStatus::kOk &&
+      !is_aligned(p.out, p.out_stride, p.batch, p.seq_q, p.heads_q)) {
+    plan.status = PlanStatus::kAlignment;
+  }
   if (plan.status != PlanStatus::kOk) return plan;
 
   const int32_t widest = std::max(p.head_dim, p.head_dim_v);
   plan.head_dim = widest <= 64 ? 64 : widest <= 128 ? 128 : 256;
-  plan.variant = choose_tile(device, plan.head_dim);
-  if (plan.variant < 0) {
-    plan.status = PlanStatus::kDeviceTooOld;
-    return plan;
+  if (family != 80 && sm90::serves(device, p)) {
+    sm90::choose_tile(p, &plan);
+  } else {
+    choose_sm80_tile(device, p, &plan);
   }
-  const ForwardTile& tile = kForwardTiles[plan.variant];
-  plan.general = p.soft_cap > 0.0f || p.alibi_slopes.data || p.query_segment_ids.data;
-  plan.tile_q = tile.tile_q();
-  plan.tile_kv = tile.tile_kv;
-  plan.stages = 2;
-  plan.block = tile.threads();
-  plan.smem_bytes = tile.smem_bytes();
+  if (plan.status != PlanStatus::kOk) return plan;
 
   const int64_t heads = int64_t{p.batch} * p.heads_q;
   plan.tiles_q = (p.seq_q + plan.tile_q - 1) / plan.tile_q;
@@ -121,12 +134,17 @@ ForwardPlan plan_forward(const Device& device, const ForwardProblem& p) {
   }
   plan.empty = tiles == 0;
   plan.grid = static_cast<uint32_t>(tiles);
+  if (plan.family == 90) {  // blocks that stay, one per multiprocessor
+    plan.grid = static_cast<uint32_t>(std::min<int64_t>(tiles, device.num_sms));
+    if (sm90::counts_tiles(plan)) plan.workspace_bytes = sm90::kCounterBytes;
+  }
 
   // Only where the last tiles of a head take longest is it worth walking several heads at once.
   if (p.is_causal && p.window_left == kUnbounded && p.chunk_size == 0 && !plan.empty) {
     const int64_t kv_bytes = std::max<int64_t>(
         1, 2 * int64_t{p.seq_kv} * (p.head_dim + p.head_dim_v) * p.heads_kv / p.heads_q);
     plan.section = static_cast<int32_t>(std::clamp<int64_t>(kSectionBytes / kv_bytes, 1, heads));
+    if (plan.family == 90) plan.section = std::min(plan.section, sm90::kMostSectionHeads);
   }
   return plan;
 }

@@ -38,7 +38,7 @@ const char* describe(PlanStatus status);
 struct ForwardPlan {
   PlanStatus status = PlanStatus::kOk;
   bool empty = false;    // nothing to write: no launch
-  int32_t family = 80;   // kernels of sm80/ (later also 90)
+  int32_t family = 80;   // kernels of sm80/ or sm90/
   int32_t head_dim = 0;  // the bucket: 64, 128 or 256
   int32_t variant = 0;   // index into the family's tile table
   bool general = false;  // the kernel with soft cap, ALiBi and segment ids
@@ -53,7 +53,60 @@ struct ForwardPlan {
   size_t workspace_bytes = 0;
 };
 
-ForwardPlan plan_forward(const Device& device, const ForwardProblem& problem);
+// `family` 80 asks for the kernels of sm80/; 0 takes the fastest that serve the problem.
+ForwardPlan plan_forward(const Device& device, const ForwardProblem& problem, int32_t family = 0);
+
+// Where the parts of the backward's workspace begin, in bytes. It depends on shapes and options
+// alone, so that it can be sized when a call is traced, before any GPU is known. Rows are the
+// query rows of all batch entries and heads, those of each (entry, head) padded:
+// per row 4 * head_dim + 8 bytes, and 4 more per 16 rows.
+struct BackwardWorkspace {
+  int64_t rows_per_head = 0;
+  int64_t dquery = 0;    // sums of dS K, float32, head_dim each row; order: backward_rows.cuh
+  int64_t lse2 = 0;      // logsumexps as the main kernel takes them
+  int64_t delta = 0;     // row sums of dO * O, less the logsumexp's cotangent, likewise
+  int64_t turns = 0;     // int32 per 16 rows: whose turn it is to add to them
+  int64_t finished = 0;  // int32 per head: key tiles that are done
+  int64_t ticket = 0;    // int32: key tiles taken so far
+  int64_t bytes = 0;
+};
+
+inline constexpr int64_t kRowPadding = 64;  // rows of a block of the kernels before and after
+// Every tile_q divides it; some serve only long walks, where padding costs little.
+inline constexpr int64_t kHeadPadding = 128, kLongHeadPadding = 640, kLongRows = 8192;
+
+BackwardWorkspace backward_workspace(int64_t batch, int64_t heads_q, int64_t seq_q,
+                                     int64_t head_dim);
+
+struct BackwardPlan {
+  PlanStatus status = PlanStatus::kOk;
+  int32_t family = 80;
+  int32_t head_dim = 0;  // the bucket
+  int32_t variant = 0;
+  bool general = false;
+  int32_t tile_q = 0;
+  int32_t tile_kv = 0;
+  int32_t stages = 0;         // pairs of Q and dO in shared memory
+  int32_t tiles_kv = 0;       // key tiles per head
+  int32_t section = 1;        // as in the forward, of key heads
+  uint32_t grid = 0;          // blocks of the main kernel; 0: no keys
+  uint32_t block = 0;         // its threads
+  uint32_t smem_bytes = 0;    // its shared memory
+  uint32_t rows_grid = 0;     // blocks of the kernels before and after it; 0: no queries
+  bool first_stores = false;  // BackwardParams
+  bool transposed_sums = false;
+  bool finish_inside = false;  // no kernel after it: the main kernel makes dQ from its sums
+  BackwardWorkspace workspace;
+};
+
+// `family` 80 asks for the kernels of sm80/; 0 takes the fastest that serve the problem.
+BackwardPlan plan_backward(const Device& device, const BackwardProblem& problem,
+                           int32_t family = 0);
+
+// The rules that every pass has: what is wrong with a problem, and with an array of its own.
+PlanStatus check_problem(const Device& device, const Problem& problem);
+bool is_aligned(const void* pointer, const Strides& stride, int64_t batch, int64_t rows,
+                int64_t heads);
 
 // Facts of a device, asked for once per ordinal. Returns a cudaError_t.
 int query_device(int ordinal, Device* device);
@@ -63,5 +116,9 @@ int query_device(int ordinal, Device* device);
 // Returns a cudaError_t.
 int launch_forward(const ForwardProblem& problem, const ForwardPlan& plan, void* workspace,
                    CUstream_st* stream);
+
+// Likewise; `workspace` holds plan.workspace.bytes.
+int launch_backward(const BackwardProblem& problem, const BackwardPlan& plan, void* workspace,
+                    CUstream_st* stream);
 
 }  // namespace flash2

@@ -1,4 +1,4 @@
-// What one forward call asks for: plain facts and device pointers, nothing derived.
+// What one call asks for: plain facts and device pointers, nothing derived.
 //
 // Arrays are [batch, length, heads, head_dim] with head_dim contiguous and every other axis given
 // by a stride in elements, so that no operand is ever transposed or repeated. A stride of 0
@@ -49,17 +49,15 @@ struct PerHead {
   }
 };
 
-struct ForwardProblem {
+// What forward and backward have in common.
+struct Problem {
   const void* query = nullptr;  // [batch, seq_q, heads_q, head_dim]
   const void* key = nullptr;    // [batch, seq_kv, heads_kv, head_dim]
   const void* value = nullptr;  // [batch, seq_kv, heads_kv, head_dim_v]
-  void* out = nullptr;          // [batch, seq_q, heads_q, head_dim_v]
-  float* lse = nullptr;         // [batch, heads_q, seq_q], contiguous, natural log; may be null
 
   Strides query_stride;
   Strides key_stride;
   Strides value_stride;
-  Strides out_stride;
 
   DataType data_type = DataType::kBFloat16;
   int32_t batch = 0;
@@ -75,7 +73,7 @@ struct ForwardProblem {
   PerBatch<float> scale_operand;
   float soft_cap = 0.0f;  // c of c * tanh(x / c); 0: none
   PerHead alibi_slopes;   // score -= slope * |i - j|
-  PerHead sinks;          // joins the denominator
+  PerHead sinks;          // joins the denominator; of no concern to the backward
 
   // Query row r stands at position i = r + query_offset, plus the operand where there is one.
   int32_t query_offset = 0;
@@ -92,6 +90,34 @@ struct ForwardProblem {
   // Segment ids, [batch, length], given together or not at all; `stride` steps the batch.
   PerBatch<int32_t> query_segment_ids;
   PerBatch<int32_t> key_value_segment_ids;
+};
+
+struct ForwardProblem : Problem {
+  void* out = nullptr;   // [batch, seq_q, heads_q, head_dim_v]
+  float* lse = nullptr;  // [batch, heads_q, seq_q], contiguous, natural log; may be null
+  Strides out_stride;
+};
+
+struct BackwardProblem : Problem {
+  const void* out = nullptr;    // [batch, seq_q, heads_q, head_dim_v], the forward's
+  const void* dout = nullptr;   // its cotangent, likewise
+  const float* lse = nullptr;   // [batch, heads_q, seq_q], contiguous, natural log
+  const float* dlse = nullptr;  // its cotangent, likewise; null: zero
+  Strides out_stride;
+  Strides dout_stride;
+
+  void* dquery = nullptr;  // [batch, seq_q, heads_q, head_dim]
+  void* dkey = nullptr;    // [batch, seq_kv, heads_kv, head_dim]
+  void* dvalue = nullptr;  // [batch, seq_kv, heads_kv, head_dim_v]
+  Strides dquery_stride;
+  Strides dkey_stride;
+  Strides dvalue_stride;
+
+  // [batch, heads_q, seq_q], contiguous: what each query row adds to the gradient of the scale
+  // operand, over the problem's own factor; null: not wanted.
+  float* dscale_rows = nullptr;
+
+  bool deterministic = false;  // the same bytes on every run
 };
 
 }  // namespace flash2

@@ -1,4 +1,5 @@
-// Which query tile a block computes. The grid lies in x alone, which has room for 2^31 - 1 tiles.
+// From the number of a tile to what it is. Tiles are counted through in x alone, which has room
+// for 2^31 - 1 of them.
 #pragma once
 
 #include <cstdint>
@@ -9,12 +10,32 @@
 
 namespace flash2 {
 
-// The query tile of this block and all that is looked up or derived for it.
+// Tile number `index` in an order that walks heads in sections and, inside a section, takes one
+// tile of each of its heads in turn.
+struct SectionPlace {
+  uint32_t head;
+  uint32_t turn;  // tiles of this head that come before
+
+  __device__ __forceinline__ SectionPlace(uint32_t index, uint32_t tiles, uint32_t heads,
+                                          const Divisor& section, const Divisor& section_tiles) {
+    const uint32_t first = section_tiles.divide(index) * section.value;
+    const uint32_t rest = index - first * tiles;
+    uint32_t count = section.value;
+    turn = section.divide(rest);
+    if (count > heads - first) {  // the last section is smaller
+      count = heads - first;
+      turn = rest / count;
+    }
+    head = first + rest - turn * count;
+  }
+};
+
+// A query tile and all that is looked up or derived for it. Taken by whole warps.
 //
 // Heads are walked in sections whose keys and values fit the L2 cache together. Inside a section
 // the last tiles of all its heads come first, because under a causal mask they take longest, and
-// the hardware gives the next tile to whichever multiprocessor is free. Without such a mask a
-// section is one head, which keeps the tiles that share keys together.
+// the next tile goes to whichever multiprocessor is free. Without such a mask a section is one
+// head, which keeps the tiles that share keys together.
 template <int kTileQ, int kTileKv>
 struct ForwardWork {
   int batch;
@@ -26,8 +47,8 @@ struct ForwardWork {
   Visibility visibility;
   BlockRange<kTileKv> range;
 
-  __device__ __forceinline__ explicit ForwardWork(const ForwardParams& params)
-      : ForwardWork(params, Place(params)) {}
+  __device__ __forceinline__ ForwardWork(const ForwardParams& params, uint32_t tile)
+      : ForwardWork(params, Place(params, tile)) {}
 
  private:
   struct Place {
@@ -36,19 +57,13 @@ struct ForwardWork {
     int row0;
     int q_length;
 
-    __device__ __forceinline__ explicit Place(const ForwardParams& params) {
+    __device__ __forceinline__ Place(const ForwardParams& params, uint32_t tile) {
       const ForwardProblem& p = params.problem;
-      const uint32_t first = params.section_tiles.divide(blockIdx.x) * params.section.value;
-      const uint32_t rest = blockIdx.x - first * params.tiles_q;
-      uint32_t count = params.section.value, from_end = params.section.divide(rest);
-      if (count > params.heads - first) {  // the last section is smaller
-        count = params.heads - first;
-        from_end = rest / count;
-      }
-      const uint32_t head_of_all = first + rest - from_end * count;
-      batch = params.heads_q.divide(head_of_all);
-      head = head_of_all - batch * p.heads_q;
-      row0 = static_cast<int>(params.tiles_q - 1 - from_end) * kTileQ;
+      const SectionPlace at(tile, params.tiles_q, params.heads, params.section,
+                            params.section_tiles);
+      batch = params.heads_q.divide(at.head);
+      head = at.head - batch * p.heads_q;
+      row0 = static_cast<int>(params.tiles_q - 1 - at.turn) * kTileQ;
       q_length = p.seq_q;
       if (p.query_seq_lengths.data) q_length = min(q_length, p.query_seq_lengths.at(batch));
     }

@@ -7,6 +7,7 @@ a kernel is asked for; then `unavailable` has the sentence.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib
 import pathlib
@@ -24,8 +25,9 @@ from jax_flash2._spec import AttentionSpec, Operands
 
 # Operands, results and attributes of a target are a contract with compiled programs
 # that outlive this process; whoever changes them raises the version, in handlers.cc too.
-FORWARD = "flash2_forward_v1"
-TARGETS = (FORWARD,)
+FORWARD = "flash2_forward_v2"
+BACKWARD = "flash2_backward_v1"
+TARGETS = (FORWARD, BACKWARD)
 
 _REBUILD = (
     "reinstall jax_flash2 where nvcc is on the PATH, or with JAX_FLASH2_CUDA=pypi set, "
@@ -35,6 +37,7 @@ _REBUILD = (
 _OLDEST_DRIVER = {12: 525, 13: 580}
 _OLDEST_GPU = 80
 _MAX_HEAD_DIM = 256
+_FORWARD_WORKSPACE = 16  # bytes, kCounterBytes of cuda/sm90/choose.h
 _MAX_POSITION = 2**29 - 1  # kMaxPosition of cuda/problem.h
 # What the handler takes beside query, key and value, and in which dtype.
 _SIDES = {
@@ -216,33 +219,111 @@ def forward(spec: AttentionSpec, x: Operands) -> list[jax.Array]:
     """
     value_dim = x.value.shape[-1]
     query, key, value = (_pad_head_dim(a) for a in (x.query, x.key, x.value))
-    batch = max(a.shape[0] for a in x if a is not None)
-    length, heads = query.shape[1:3]
-    names = [name for name in _SIDES if getattr(x, name) is not None]
-    sides = [getattr(x, name).astype(_SIDES[name]) for name in names]
-    left, right = (_window_side(side) for side in spec.window)
+    batch, length, heads, _ = _query_shape(x)
     call = jax.ffi.ffi_call(
         FORWARD,
         (
             jax.ShapeDtypeStruct((batch, length, heads, value.shape[-1]), query.dtype),
             jax.ShapeDtypeStruct((batch, heads, length), jnp.float32),
+            jax.ShapeDtypeStruct((_FORWARD_WORKSPACE,), jnp.uint8),
         ),
     )
-    # The C++ side reads attributes by exact type and converts nothing.
-    out, lse = call(
+    sides = _sides(x, _SIDES)
+    out, lse, _ = call(
         query,
         key,
         value,
-        *sides,
-        operands=",".join(names),
+        *sides.values(),
+        operands=",".join(sides),
+        **_attributes(spec),
+    )
+    return [out[..., :value_dim], lse]
+
+
+def backward_lack(spec: AttentionSpec, x: Operands, wrt: tuple[str, ...]) -> str | None:
+    """What of this call the backward kernels cannot do, as a sentence, or None."""
+    for name in wrt:
+        if name != "scale":
+            return f"the CUDA kernels have no gradient of {name}"
+    return forward_lack(dataclasses.replace(spec, return_max_logit=False), x)
+
+
+def backward(
+    spec: AttentionSpec, x: Operands, rows: dict[str, jax.Array], wrt: tuple[str, ...]
+) -> list[jax.Array]:
+    """Gradients of query, key, value and of ``wrt``, by the backward kernels.
+
+    One batch axis; `backward_lack` must have found nothing. To be traced by a lowering.
+
+    Args:
+      rows: ``out`` and ``dout`` ``(b, l, h, e)``, ``lse`` ``(b, h, l)`` and, unless it
+        is zero, ``dlse`` like it.
+    """
+    arrays = (x.query, x.key, x.value, rows["out"], rows["dout"])
+    query, key, value, out, dout = (_pad_head_dim(a) for a in arrays)
+    batch, length, heads, head_dim = _query_shape(x)
+    row_values = jax.ShapeDtypeStruct((batch, heads, length), jnp.float32)
+    operands = _sides(x, {n: t for n, t in _SIDES.items() if n != "sinks"})
+    if rows.get("dlse") is not None:
+        operands["dlse"] = jnp.broadcast_to(rows["dlse"], row_values.shape)
+    deterministic = bool(spec.deterministic_backward)
+    workspace = _workspace_bytes(batch, heads, length, query.shape[-1])
+    grads = [(query, head_dim), (key, head_dim), (value, x.value.shape[-1])]
+    results = jax.ffi.ffi_call(
+        BACKWARD,
+        (
+            *(jax.ShapeDtypeStruct((batch, *a.shape[1:]), a.dtype) for a, _ in grads),
+            jax.ShapeDtypeStruct((workspace,), jnp.uint8),
+            *(row_values for _ in wrt),
+        ),
+    )(
+        query,
+        key,
+        value,
+        out,
+        dout,
+        jnp.broadcast_to(rows["lse"], row_values.shape),
+        *operands.values(),
+        operands=",".join(operands),
+        **_attributes(spec),
+        deterministic=deterministic,
+    )
+    found = [g[..., :d] for g, (_, d) in zip(results, grads, strict=False)]
+    if wrt:  # the scale
+        total = results[4].sum((1, 2)) * (1.0 if spec.scale is None else spec.scale)
+        total = total if x.scale.shape == total.shape else total.sum(keepdims=True)
+        found.append(total.astype(x.scale.dtype))
+    return found
+
+
+def _workspace_bytes(*facts: int) -> int:
+    assert _module is not None  # `unavailable` has said so
+    return _module.backward_workspace_bytes(*facts)
+
+
+def _query_shape(x: Operands) -> tuple[int, int, int, int]:
+    """Query's, with the batch of the call."""
+    return (max(a.shape[0] for a in x if a is not None), *x.query.shape[1:])
+
+
+def _sides(x: Operands, dtypes: dict[str, Any]) -> dict[str, jax.Array]:
+    """The optional operands that are there, as the handlers take them."""
+    present = {n: getattr(x, n) for n in dtypes if getattr(x, n) is not None}
+    return {n: a.astype(dtypes[n]) for n, a in present.items()}
+
+
+def _attributes(spec: AttentionSpec) -> dict[str, Any]:
+    # The C++ side reads attributes by exact type and converts nothing.
+    left, right = (_window_side(side) for side in spec.window)
+    return dict(
         scale=np.float32(1.0 if spec.scale is None else spec.scale),
         soft_cap=np.float32(spec.soft_cap or 0.0),
         is_causal=bool(spec.is_causal),
         window_left=left,
         window_right=right,
         chunk_size=np.int32(min(spec.chunk_size or 0, _MAX_POSITION)),
+        family=np.int32(80 if spec.implementation == "cuda_sm80" else 0),
     )
-    return [out[..., :value_dim], lse]
 
 
 def _pad_head_dim(x: jax.Array) -> jax.Array:

@@ -79,7 +79,8 @@ def _run_forward(
 def _run_backward(
     on: Platform, spec: AttentionSpec, x: Operands, rows: Named, wrt: tuple[str, ...]
 ) -> list[jax.Array]:
-    _kernels_serve(on, spec, "the CUDA kernels have no gradient yet")
+    if _kernels_serve(on, spec, _ffi.backward_lack(spec, x, wrt)):
+        return _ffi.backward(spec, x, rows, wrt)
     delta = row_delta(rows["out"], rows["dout"], rows.get("dlse"))
     arrays = (rows["dout"], rows["lse"], delta, wrt)
     grads = _blockwise.backward(spec, x, *arrays, sequential=on.sequential)

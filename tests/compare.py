@@ -25,11 +25,21 @@ def assert_follows_the_rule(
     inputs: Inputs, ours: Mapping[str, Any], note: str = ""
 ) -> None:
     """``ours``, results on narrow inputs, against the reference and the baseline."""
+    assert_follow_the_rule(inputs, {note: ours})
+
+
+def assert_follow_the_rule(
+    inputs: Inputs, several: Mapping[str, Mapping[str, Any]]
+) -> None:
+    """The same for results of several implementations, each with a note."""
     wide = results(inputs.astype(jnp.float32), "reference")
     baseline = results(inputs, function=dense)
-    for name, x in ours.items():
-        sum_of = inputs.wrt["query"].dtype if name in SUMMED else None
-        assert_accurate(x, wide[name], baseline[name], f"{note} {name}".strip(), sum_of)
+    dtype = inputs.wrt["query"].dtype
+    for note, ours in several.items():
+        for name, x in ours.items():
+            of_sum = dtype if name in SUMMED else None
+            what = f"{note} {name}".strip()
+            assert_accurate(x, wide[name], baseline[name], what, of_sum)
 
 
 def assert_accurate(

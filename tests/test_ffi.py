@@ -36,7 +36,9 @@ def lowered(spec, x):
 def test_build_info_tells_compiler_architectures_and_versions():
     info = _ffi.build_info()
     assert re.fullmatch(r"nvcc \d+\.\d+\.\d+", info["compiler"])
-    assert {"80-real", "90-real", "80-virtual"} <= set(info["architectures"].split())
+    assert {"80-real", "90-real", "90a-real", "80-virtual"} <= set(
+        info["architectures"].split()
+    )
     assert info["cuda"] >= (12, 4)
     # Of the oldest jaxlib that is supported, whatever is installed here.
     assert info["ffi"] == (0, 3)
@@ -193,3 +195,79 @@ def test_sides_are_given_in_the_handlers_dtypes():
     call = re.search(r"custom_call.*", lowered(AttentionSpec(), x))[0]
     assert "tensor<2xf32>, tensor<1x8xf32>)" in call
     assert "scale = 1.000000e+00" in call
+
+
+# ------------------------------------------------------------------------- the backward
+
+
+def lowered_backward(spec, x, wrt=(), **more):
+    names = [name for name, a in x._asdict().items() if a is not None]
+    rows = {
+        "out": jax.ShapeDtypeStruct(x.query.shape, x.query.dtype),
+        "dout": jax.ShapeDtypeStruct(x.query.shape, x.query.dtype),
+        "lse": jax.ShapeDtypeStruct((2, 8, 128), jnp.float32),
+    } | more
+
+    def run(arrays, rows):
+        return _ffi.backward(spec, Operands(**arrays), rows, wrt)
+
+    arrays = {name: getattr(x, name) for name in names}
+    trace = jax.jit(run).trace(arrays, rows)
+    return trace.lower(lowering_platforms=("cuda",)).as_text(), trace.out_info
+
+
+@needs_module
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_backward_passes_operands_as_they_are(deterministic):
+    spec = AttentionSpec(
+        scale=0.5, is_causal=True, deterministic_backward=deterministic
+    )
+    lse = jax.ShapeDtypeStruct((2, 8, 128), jnp.float32)
+    x = operands(
+        key_value_seq_lengths=LENGTHS, sinks=jax.ShapeDtypeStruct((1, 8), jnp.float32)
+    )
+    text, grads = lowered_backward(spec, x, dlse=lse)
+    assert text.count("stablehlo.custom_call") == 1
+    assert f"@{_ffi.BACKWARD}" in text
+    # The logsumexp holds the sinks already.
+    assert 'operands = "key_value_seq_lengths,dlse"' in text
+    assert f"deterministic = {str(deterministic).lower()}" in text
+    for word in ("transpose", "pad", "reshape", "broadcast", "convert"):
+        assert f"stablehlo.{word}" not in text
+    assert [g.shape for g in grads] == [(2, 128, 8, 64), (2, 96, 2, 64), (2, 96, 2, 64)]
+
+
+@needs_module
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize(
+    ("batch", "heads", "length"), [(1, 1, 1), (2, 8, 128), (3, 5, 65)]
+)
+def test_backward_workspace_is_linear_in_the_rows(batch, heads, length, deterministic):
+    """Per row of 64-row blocks: float32 sums of dQ, logsumexp, delta; turns by 16 rows."""
+    rows = batch * heads * -(-length // 64) * 64
+    counters = -(-batch * heads * 4 // 16) * 16 + 16
+    expected = rows * (4 * 72 + 8) + counters + (rows // 4 if deterministic else 0)
+    assert _ffi._workspace_bytes(batch, heads, length, 72, deterministic) == expected
+
+
+@needs_module
+def test_gradient_of_a_traced_scale_comes_by_rows():
+    x = operands(scale=jax.ShapeDtypeStruct((1,), jnp.bfloat16))
+    text, grads = lowered_backward(AttentionSpec(), x, wrt=("scale",))
+    assert re.search(r"tensor<\d+xui8>, tensor<2x8x128xf32>\)", text)
+    assert (grads[3].shape, grads[3].dtype) == ((1,), jnp.bfloat16)
+
+
+@pytest.mark.parametrize("name", ["bias", "alibi_slopes"])
+def test_backward_says_which_gradient_it_lacks(name):
+    lack = _ffi.backward_lack(AttentionSpec(), operands(), ("scale", name))
+    assert lack == f"the CUDA kernels have no gradient of {name}"
+    assert _ffi.backward_lack(AttentionSpec(), operands(), ("scale",)) is None
+
+
+def test_backward_lacks_what_the_forward_lacks_but_for_the_largest_logit():
+    spec = AttentionSpec(return_max_logit=True)
+    assert _ffi.forward_lack(spec, operands()) is not None
+    assert _ffi.backward_lack(spec, operands(), ()) is None
+    spec = AttentionSpec(dropout_rate=0.5)
+    assert "dropout" in _ffi.backward_lack(spec, operands(), ())

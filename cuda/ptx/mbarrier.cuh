@@ -1,7 +1,9 @@
-// Inline PTX of mbarriers as compute capability 8.0 has them. PTX ISA 9.7.13.15.
+// Inline PTX of mbarriers. PTX ISA 9.7.13.15.
 #pragma once
 
 #include <cstdint>
+
+#include "ptx/common.cuh"
 
 namespace flash2::ptx {
 
@@ -42,8 +44,22 @@ __device__ __forceinline__ bool mbarrier_test(uint32_t barrier, uint32_t parity)
 }
 
 __device__ __forceinline__ void mbarrier_wait(uint32_t barrier, uint32_t parity) {
+  perturb();
   while (!mbarrier_test(barrier, parity)) {
   }
+}
+
+// --- Compute capability 9.0
+
+// Makes fresh barriers visible to the TMA unit and the cluster; a barrier of the block follows.
+__device__ __forceinline__ void mbarrier_init_fence() {
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+
+// Arrives, and adds `bytes` to what copies must bring before the phase is over.
+__device__ __forceinline__ void mbarrier_arrive_expect(uint32_t barrier, uint32_t bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
+               : "memory");
 }
 
 }  // namespace flash2::ptx

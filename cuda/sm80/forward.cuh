@@ -67,7 +67,7 @@ __global__ void __launch_bounds__(kForwardTiles[kTile].threads(),
   }
   __syncthreads();
 
-  ForwardWork<kTileQ, kTileKv> work(params);
+  ForwardWork<kTileQ, kTileKv> work(params, blockIdx.x);
   const int warp_row = warp * kWarpRows, row0 = work.row0 + warp_row;  // of the warp
   const int row_end = min(row0 + kWarpRows, work.q_length);
   const uint32_t smem_rows = smem_q + warp_row * 128;

@@ -10,4 +10,8 @@ namespace flash2::sm80 {
 template <int kHeadDim, DataType kType>
 const void* forward_kernel(int tile, bool general);
 
+// Likewise for kBackwardTiles; it takes a BackwardParams.
+template <int kHeadDim, DataType kType>
+const void* backward_kernel(int tile, bool general);
+
 }  // namespace flash2::sm80

@@ -52,4 +52,42 @@ inline constexpr ForwardTile kForwardTiles[] = {
 };
 inline constexpr int kForwardTileCount = sizeof(kForwardTiles) / sizeof(kForwardTiles[0]);
 
+// The backward's: backward.cuh has the two kernels. A warp holds 16 * key_blocks keys of dK or dV,
+// or of both where there is one role.
+struct BackwardTile {
+  int head_dim;    // the bucket
+  int roles;       // of four warps each
+  int key_blocks;  // of 16 keys, per warp
+  int key_warps;   // warps of a role side by side along the keys: 4, or 2 that split the queries
+                   // and the columns of dK and dV too
+  int tile_q;
+  int stages;  // of Q and dO
+
+  FLASH2_HOST_DEVICE constexpr int tile_kv() const { return 16 * key_blocks * key_warps; }
+  FLASH2_HOST_DEVICE constexpr int threads() const { return 128 * roles; }
+  FLASH2_HOST_DEVICE constexpr int ds_buffers() const { return roles == 1 ? 2 : 1; }
+  // P on its way from one role to the other and, where warps split the queries, to its neighbour.
+  FLASH2_HOST_DEVICE constexpr int hand_bytes() const {
+    return roles == 1 ? 0 : 2 * tile_kv() * tile_q * (4 / key_warps);
+  }
+  FLASH2_HOST_DEVICE constexpr int barrier_bytes() const { return 128; }
+  // K and V, the stages with their logsumexps and deltas, dS in rows of 128 bytes, P, barriers.
+  FLASH2_HOST_DEVICE constexpr int smem_bytes() const {
+    return 4 * head_dim * tile_kv() + stages * (4 * head_dim + 8) * tile_q +
+           ds_buffers() * 128 * tile_kv() + hand_bytes() + barrier_bytes();
+  }
+};
+
+inline constexpr BackwardTile kBackwardTiles[] = {
+    {64, 1, 2, 4, 64, 2},   // 97 KB: twice, or once within the 99 KB of 8.6 and 8.9
+    {64, 2, 2, 4, 64, 3},   //
+    {128, 2, 2, 4, 64, 3},  // 193 KB
+    {128, 2, 2, 4, 64, 2},  // 161 KB for the 163 KB of 8.0
+    {128, 2, 1, 4, 32, 2},  // 76 KB for the 99 KB of 8.6 and 8.9
+    {256, 2, 2, 2, 64, 2},  // 217 KB
+    {256, 2, 2, 2, 64, 1},  // 153 KB for the 163 KB of 8.0
+    {256, 2, 1, 4, 16, 1},  // 90 KB for the 99 KB of 8.6 and 8.9
+};
+inline constexpr int kBackwardTileCount = sizeof(kBackwardTiles) / sizeof(kBackwardTiles[0]);
+
 }  // namespace flash2::sm80

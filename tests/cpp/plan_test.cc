@@ -1,6 +1,7 @@
 // The plan's promises, for every GPU it may meet and without one.
 #include "plan.h"
 
+#include <algorithm>
 #include <cstdint>
 #include <limits>
 #include <string>
@@ -127,6 +128,53 @@ CASE(nothing_to_write_is_no_launch) {
 }
 
 CASE(no_keys_still_writes_empty_rows) { check_sound(kH100, problem(128, 512, 0)); }
+
+CASE(hopper_takes_its_own_family) {
+  for (int head_dim = 8; head_dim <= 256; head_dim += 8) {
+    for (bool causal : {false, true}) {
+      ForwardProblem p = problem(head_dim);
+      p.is_causal = causal;
+      const ForwardPlan plan = plan_forward(kH100, p);
+      CHECK(plan.family == 90, show(kH100, p));
+      CHECK(plan.block % 128 == 0, show(kH100, p) << ", " << plan.block << " threads");
+      CHECK(plan.smem_bytes % 8 == 0, show(kH100, p) << ", " << plan.smem_bytes << " bytes");
+      CHECK(plan_forward(kH100, p, 80).family == 80, show(kH100, p));
+      for (const Device& d : {kA100, kA10, kL4, kNewer}) {
+        CHECK(plan_forward(d, p).family == 80, show(d, p));
+      }
+    }
+  }
+}
+
+CASE(hopper_blocks_stay_and_share_the_tiles) {
+  for (int seq_q : {1, 100, 512, 16384}) {
+    ForwardProblem p = problem(128, seq_q);
+    const ForwardPlan whole = plan_forward(kH100, p);
+    const int64_t tiles = int64_t{whole.tiles_q} * p.batch * p.heads_q;
+    CHECK(whole.grid == std::min<int64_t>(tiles, kH100.num_sms), whole.grid);
+    CHECK(whole.workspace_bytes == 0, "equal tiles need no counter");
+    p.is_causal = true;
+    const ForwardPlan causal = plan_forward(kH100, p);
+    CHECK(causal.grid <= static_cast<uint32_t>(kH100.num_sms), causal.grid);
+    CHECK(causal.workspace_bytes == 16, "tiles of unequal length need one");
+    CHECK(plan_forward(kH100, p, 80).workspace_bytes == 0, "");
+  }
+}
+
+// What changes the order of a row's sums must not depend on the batch.
+CASE(a_row_is_summed_alike_alone_and_in_a_batch) {
+  for (int head_dim : {64, 128, 256}) {
+    for (int seq : {1, 128, 300, 512, 1024, 4096, 16384}) {
+      for (bool causal : {false, true}) {
+        ForwardProblem one = problem(head_dim, seq, seq, 1),
+                       many = problem(head_dim, seq, seq, 64);
+        one.is_causal = many.is_causal = causal;
+        const ForwardPlan a = plan_forward(kH100, one), b = plan_forward(kH100, many);
+        CHECK(a.variant == b.variant, show(kH100, one));
+      }
+    }
+  }
+}
 
 CASE(same_problem_same_plan) {
   const ForwardPlan a = plan_forward(kH100, problem()), b = plan_forward(kH100, problem());

@@ -1,16 +1,21 @@
-"""What the GPU tests share: the forward of a case, and its judgement."""
+"""What the GPU tests share: forward and backward of a case, and their judgement."""
 
 import functools
 from typing import Any
 
 import jax
-import jax.numpy as jnp
+import pytest
 
-from cases import OPTIONS, Case, Inputs, covering
-from compare import assert_accurate, dense
+from cases import OPTIONS, Case, Inputs, covering, results
+from compare import assert_follow_the_rule
 from jax_flash2 import flash_attention
 
 FORCED = "cuda_sm80"
+# Every family of kernels that this GPU runs. On Hopper "cuda" takes the sm90 kernels where
+# they serve the call.
+HOPPER = getattr(jax.local_devices()[0], "compute_capability", None) == "9.0"
+FAMILIES = (FORCED, "cuda") if HOPPER else (FORCED,)
+each_family = pytest.mark.parametrize("family", FAMILIES)
 # What the kernels do not take, and `flash_attention` runs in plain JAX.
 UNSUPPORTED = {
     *("mask", "mask_of_keys", "bias", "bias_of_heads", "bias_masking"),
@@ -40,29 +45,46 @@ def gpu_case(*options: str, length: int = 128, **more: Any) -> Case:
     return Case(options=options, **defaults)
 
 
-def forward(inputs: Inputs, function: Any = None, **more: Any) -> dict[str, jax.Array]:
-    """Output and logsumexp; by the kernels unless told otherwise."""
-    more.setdefault("implementation", FORCED)
-    run = _compiled(
-        function or flash_attention, tuple(sorted((inputs.static | more).items()))
-    )
-    return run({**inputs.wrt, **inputs.fixed})
+def evaluate(
+    inputs: Inputs, implementation: str = FORCED, **more: Any
+) -> dict[str, jax.Array]:
+    """Output, logsumexp and all gradients by the kernels, from one compiled call."""
+    return results(without_slopes(inputs), implementation, **more)
+
+
+def check_families(inputs: Inputs, note: str = "") -> dict[str, dict[str, jax.Array]]:
+    """What `evaluate` gives, by family, after all of them passed the rule of accuracy."""
+    ours = {family: evaluate(inputs, family) for family in FAMILIES}
+    notes = {f"{note} {family}".strip(): x for family, x in ours.items()}
+    assert_follow_the_rule(without_slopes(inputs), notes)
+    return ours
+
+
+def check(inputs: Inputs, note: str = "") -> dict[str, jax.Array]:
+    """`check_families`, of which the family that every GPU has."""
+    return check_families(inputs, note)[FORCED]
+
+
+def without_slopes(inputs: Inputs) -> Inputs:
+    """The same call, ALiBi's slopes having no gradient: the kernels lack that one."""
+    wrt, fixed = dict(inputs.wrt), dict(inputs.fixed)
+    if "alibi_slopes" in wrt:
+        fixed["alibi_slopes"] = wrt.pop("alibi_slopes")
+    return Inputs(wrt, fixed, inputs.static, inputs.cotangents)
+
+
+def forward(inputs: Inputs, family: str = FORCED) -> dict[str, jax.Array]:
+    """Output and logsumexp alone."""
+    run = _compiled(family, tuple(sorted(inputs.static.items())))
+    return run(inputs.wrt | inputs.fixed)
 
 
 @functools.cache
-def _compiled(function: Any, static: tuple[tuple[str, Any], ...]) -> Any:
+def _compiled(family: str, static: tuple[tuple[str, Any], ...]) -> Any:
     def run(arrays: Any) -> dict[str, jax.Array]:
-        out, lse = function(**arrays, **dict(static), return_residual=True)
+        out, lse = flash_attention(
+            **arrays, **dict(static), implementation=family, return_residual=True
+        )
         return {"out": out, "lse": lse}
 
     return jax.jit(run)
-
-
-def check_forward(inputs: Inputs, note: str = "", **more: Any) -> dict[str, jax.Array]:
-    """The kernels' output and logsumexp, after they passed the rule of accuracy."""
-    ours = forward(inputs, **more)
-    wide = forward(inputs.astype(jnp.float32), implementation="reference")
-    baseline = forward(inputs, dense, implementation=None)
-    for name, x in ours.items():
-        assert_accurate(x, wide[name], baseline[name], f"{note} {name}".strip())
-    return ours

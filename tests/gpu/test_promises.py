@@ -1,5 +1,6 @@
 """What holds of every call on a GPU: same bytes, no copies, graphs, refusals."""
 
+import functools
 import os
 import subprocess
 import sys
@@ -9,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from harness import FORCED, forward, gpu_case
+from harness import FORCED, HOPPER, each_family, forward, gpu_case
 
 from compare import assert_bitwise_equal
 from jax_flash2 import _ffi, flash_attention
@@ -17,8 +18,8 @@ from jax_flash2 import _ffi, flash_attention
 DIMS = (64, 128, 256)
 
 
-def call(q, k, v, **more):
-    return flash_attention(q, k, v, is_causal=True, implementation=FORCED, **more)
+def call(q, k, v, family=FORCED, **more):
+    return flash_attention(q, k, v, is_causal=True, implementation=family, **more)
 
 
 def qkv(batch=2, length=300, heads=4, kv_heads=2, head_dim=64):
@@ -35,29 +36,34 @@ def qkv(batch=2, length=300, heads=4, kv_heads=2, head_dim=64):
 
 @pytest.mark.parametrize("head_dim", DIMS)
 @pytest.mark.parametrize("options", [(), ("causal",), ("segments", "sinks", "alibi")])
-def test_repeats_give_the_same_bytes(head_dim, options):
+@each_family
+def test_repeats_give_the_same_bytes(head_dim, options, family):
     case = gpu_case(*options, batch=(8,), heads=16, length=700, head_dim=head_dim)
     inputs = case.inputs()
-    want = forward(inputs)
+    want = forward(inputs, family)
     same = jax.jit(lambda a, b: jax.tree.map(lambda x, y: (x == y).all(), a, b))
     for _ in range(300):
-        assert all(map(bool, jax.tree.leaves(same(forward(inputs), want))))
+        assert all(map(bool, jax.tree.leaves(same(forward(inputs, family), want))))
 
 
-def test_a_sequence_is_the_same_alone_and_in_a_batch():
+@each_family
+def test_a_sequence_is_the_same_alone_and_in_a_batch(family):
     q, k, v = qkv(batch=9)
-    together = jax.jit(call)(q, k, v)
+    run = jax.jit(functools.partial(call, family=family))
+    together = run(q, k, v)
     for b in (0, 4, 8):
         one = slice(b, b + 1)
-        alone = jax.jit(call)(q[one], k[one], v[one])
+        alone = run(q[one], k[one], v[one])
         assert_bitwise_equal(alone, together[one])
 
 
-def test_vmap_gives_the_bytes_of_the_elements():
+@each_family
+def test_vmap_gives_the_bytes_of_the_elements(family):
     q, k, v = qkv(batch=3)
-    whole = jax.jit(jax.vmap(call))(q, k, v)
+    run = functools.partial(call, family=family)
+    whole = jax.jit(jax.vmap(run))(q, k, v)
     for b in range(3):
-        assert_bitwise_equal(jax.jit(call)(q[b], k[b], v[b]), whole[b])
+        assert_bitwise_equal(jax.jit(run)(q[b], k[b], v[b]), whole[b])
 
 
 @pytest.mark.parametrize("kind", ["transposed", "sliced", "donated", "packed"])
@@ -129,13 +135,13 @@ def test_what_the_kernels_lack_warns_once_or_raises(arguments, says, monkeypatch
 
 
 COMMAND_BUFFERS = """
-import hashlib, jax, jax.numpy as jnp
+import hashlib, jax, jax.numpy as jnp, sys
 from jax_flash2 import flash_attention
 @jax.jit
 def chain(q, k, v):
     for window in (None, 5, 64, 100, None, 7, 9, 50):
         q = flash_attention(q, k, v, is_causal=True, local_window_size=window,
-                            implementation="cuda_sm80")
+                            implementation=sys.argv[1])
     return q
 ks = jax.random.split(jax.random.key(0), 3)
 total = hashlib.sha256()
@@ -147,7 +153,8 @@ print(total.hexdigest())
 """
 
 
-def test_command_buffers_give_the_same_bytes():
+@each_family
+def test_command_buffers_give_the_same_bytes(family):
     def run(flags):
         package = os.path.dirname(os.path.dirname(_ffi.__file__))
         paths = [package, *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
@@ -155,7 +162,7 @@ def test_command_buffers_give_the_same_bytes():
         environment["PYTHONPATH"] = os.pathsep.join(p for p in paths if p)
         environment["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
         done = subprocess.run(
-            [sys.executable, "-c", COMMAND_BUFFERS],
+            [sys.executable, "-c", COMMAND_BUFFERS, family],
             env=environment,
             capture_output=True,
             text=True,
@@ -174,7 +181,7 @@ def test_command_buffers_give_the_same_bytes():
 # -------------------------------------------------------------- the handler's own refusals
 
 
-def handler(q, k, v, *sides, out=None, operands="", **changes):
+def handler(q, k, v, *sides, out=None, operands="", workspace=16, **changes):
     batch, length, heads, _ = q.shape
     out = (batch, length, heads, v.shape[-1]) if out is None else out
     attributes = dict(
@@ -185,10 +192,12 @@ def handler(q, k, v, *sides, out=None, operands="", **changes):
         window_left=np.int32(-1),
         window_right=np.int32(-1),
         chunk_size=np.int32(0),
+        family=np.int32(0),
     )
     results = (
         jax.ShapeDtypeStruct(out, q.dtype),
         jax.ShapeDtypeStruct((batch, heads, length), jnp.float32),
+        jax.ShapeDtypeStruct((workspace,), jnp.uint8),
     )
     f = jax.ffi.ffi_call(_ffi.FORWARD, results)
     run = jax.jit(lambda *x: f(*x, **(attributes | changes)))
@@ -226,3 +235,10 @@ def test_handler_refuses_with_the_values(change, says):
         sides = [jnp.zeros(shape, jnp.float32)]
     with pytest.raises(jax.errors.JaxRuntimeError, match=f"INVALID_ARGUMENT.*{says}"):
         handler(q, k, v, *sides, **change)
+
+
+@pytest.mark.skipif(not HOPPER, reason="the other kernels want no workspace")
+def test_handler_refuses_a_workspace_that_is_too_small():
+    says = r"INVALID_ARGUMENT.*the workspace must hold 16 bytes; got U8\[8\]"
+    with pytest.raises(jax.errors.JaxRuntimeError, match=says):
+        handler(*qkv(), workspace=8, is_causal=True)

@@ -1,32 +1,47 @@
 """compute-sanitizer over every kernel, launched without XLA and its kernels.
 
 Each tool must first find the fault that is planted for it. The program is
-tests/cpp/launch_test.cu; JAX_FLASH2_LAUNCH_TEST names one that is built already.
+tests/cpp/launch_test.cu; JAX_FLASH2_LAUNCH_TEST names one that is built already, and
+JAX_FLASH2_LAUNCH_TEST_PERTURBED one whose kernels delay their warps at barriers.
 """
 
 import os
 import re
 import shutil
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 TOOLS = ("memcheck", "racecheck", "synccheck")
+# Processes side by side; the tools take their time on the host.
+PARTS = 6
+
+
+def build_program(build: Path, *options: str) -> str:
+    configure = ["cmake", "-S", str(ROOT), "-B", str(build), *options]
+    configure += ["-DJAX_FLASH2_CUDA=on", "-DJAX_FLASH2_TESTS=ON"]
+    subprocess.run(configure, check=True)
+    compile_ = ["cmake", "--build", str(build), "--parallel", "--target", "launch_test"]
+    subprocess.run(compile_, check=True)
+    return str(build / "launch_test")
 
 
 @pytest.fixture(scope="module")
 def program(tmp_path_factory) -> str:
     if built := os.environ.get("JAX_FLASH2_LAUNCH_TEST"):
         return built
-    build = tmp_path_factory.mktemp("launch_test")
-    configure = ["cmake", "-S", str(ROOT), "-B", str(build)]
-    configure += ["-DJAX_FLASH2_CUDA=on", "-DJAX_FLASH2_TESTS=ON"]
-    subprocess.run(configure, check=True)
-    compile_ = ["cmake", "--build", str(build), "--parallel", "--target", "launch_test"]
-    subprocess.run(compile_, check=True)
-    return str(build / "launch_test")
+    return build_program(tmp_path_factory.mktemp("launch_test"))
+
+
+@pytest.fixture(scope="module")
+def perturbed(tmp_path_factory) -> str:
+    if built := os.environ.get("JAX_FLASH2_LAUNCH_TEST_PERTURBED"):
+        return built
+    build = tmp_path_factory.mktemp("perturbed")
+    return build_program(build, "-DJAX_FLASH2_PERTURB=ON")
 
 
 def sanitize(tool: str, *command: str) -> tuple[int, str]:
@@ -53,7 +68,20 @@ def test_tool_finds_its_planted_fault(tool, program, facts):
 
 @pytest.mark.parametrize("tool", TOOLS)
 def test_kernels_are_clean(tool, program, facts):
-    count, text = sanitize(tool, program)
-    facts("sanitizer", tool, "findings", count)
-    assert count == 0, text[-3000:]
-    assert re.search(r"^\d+ problems$", text, re.MULTILINE), text[-3000:]
+    with ThreadPoolExecutor(PARTS) as pool:
+        commands = [(tool, program, "--part", str(i), str(PARTS)) for i in range(PARTS)]
+        found = list(pool.map(lambda command: sanitize(*command), commands))
+    facts("sanitizer", tool, "findings", sum(count for count, _ in found))
+    for count, text in found:
+        assert count == 0, text[-3000:]
+        assert re.search(r"^\d+ problems$", text, re.MULTILINE), text[-3000:]
+
+
+def test_delays_at_barriers_give_the_same_bytes(program, perturbed):
+    def results(command: str) -> str:
+        done = subprocess.run([command], capture_output=True, text=True, check=True)
+        (found,) = re.findall(r"^results (\w{16})$", done.stdout, re.MULTILINE)
+        return found
+
+    want = results(program)
+    assert {results(perturbed) for _ in range(3)} == {want}

@@ -1,0 +1,151 @@
+"""Trains one model with several attentions: the same losses, and what each costs.
+
+A GPT of about 125M parameters (examples/gpt) learns bytes for some hundred steps, each
+time from the same parameters and on the same batches: in bfloat16 with jax_flash2's
+kernels, with cuDNN and with XLA through jax.nn, and in float32 with jax_flash2's dense
+reference. How far a run strays from the float32 one is what its precision costs.
+
+  python benchmarks/parity.py                            two minutes on an H100
+  python benchmarks/parity.py --preset smoke --steps 20  the model to try it with on a CPU
+
+Loss and gradient norm of every step, and milliseconds a step, go to
+benchmarks/results/<gpu>/parity.json, which benchmarks/report.py plots.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+sys.path.append(str(Path(__file__).resolve().parents[1] / "examples"))
+
+import _device
+import _results
+import jax
+import numpy as np
+from attention import gpu_folder
+from gpt.config import PRESETS, Config
+from gpt.data import STANDARD_LIBRARY, Corpus, load
+from gpt.training import State, Trainer
+
+EXACT = "reference"
+# Steps that are timed together: enough to hide the host, few enough for a median.
+TIMED = 20
+
+
+def config(a: argparse.Namespace, corpus: Corpus, attention: str) -> Config:
+    preset = PRESETS[a.preset]
+    return Config(
+        preset=a.preset,
+        layers=preset.layers,
+        width=preset.width,
+        heads=preset.heads,
+        vocab=preset.vocab,
+        length=a.length or preset.length,
+        batch=a.batch,
+        steps=a.steps,
+        learning_rate=preset.learning_rate,
+        warmup=a.steps // 10,
+        weight_decay=0.1,
+        clip=1.0,
+        eval_every=a.steps,
+        eval_batches=1,
+        seed=a.seed,
+        dtype="float32" if attention == EXACT else "bfloat16",
+        attention=attention,
+        data=STANDARD_LIBRARY,
+        data_sha256=corpus.sha256,
+    )
+
+
+def train(c: Config, corpus: Corpus, params: Any) -> dict[str, Any]:
+    """Losses and gradient norms of every step, and milliseconds a step."""
+    # float32 means float32: left alone, a GPU would multiply in TensorFloat-32.
+    precision = "highest" if c.attention == EXACT else None
+    with jax.default_matmul_precision(precision):
+        trainer = Trainer(c, scan=True)
+        state = State(params, jax.jit(trainer.optimizer.init)(params))
+        state = jax.tree.map(jax.numpy.copy, state)  # each step donates it
+
+        def batch(step: int) -> np.ndarray:
+            return corpus.train_batch(c.seed, step, c.batch, c.length)
+
+        step = trainer.step.lower(state, batch(0)).compile()
+        batches = [batch(i) for i in range(c.steps)]
+        found, times, began = [], [], time.perf_counter()
+        for i, tokens in enumerate(batches, 1):
+            state, metrics = step(state, tokens)
+            found.append(metrics)
+            if i % TIMED == 0 or i == c.steps:
+                jax.block_until_ready(state)
+                now = time.perf_counter()
+                times.append((now - began) / (i - (i - 1) // TIMED * TIMED) * 1e3)
+                began = now
+    found = jax.device_get(found)
+    return {
+        "loss": [float(m.loss) for m in found],
+        "grad_norm": [float(m.grad_norm) for m in found],
+        "step_ms": round(median(times), 3),
+        "dtype": c.dtype,
+    }
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    impls = ["flash2", "cudnn", "xla", EXACT]
+    p.add_argument("--impls", nargs="+", default=impls, choices=impls)
+    p.add_argument("--preset", default="gpt3-125m", choices=PRESETS)
+    p.add_argument("--steps", type=int, default=300)
+    p.add_argument("--batch", type=int, default=2)
+    p.add_argument("--length", type=int, help="default: the preset's")
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--out", type=Path, help="default: results/<gpu>/parity.json")
+    p.add_argument("--commit", default=None, help="where the tree is no git checkout")
+    a = p.parse_args()
+
+    if jax.default_backend() == "gpu":
+        gpu, driver = _device.query("name,driver_version")
+        machine, folder = {"gpu": gpu, "driver": driver}, gpu_folder(gpu)
+    else:
+        machine, folder = {"cpu": jax.devices()[0].device_kind}, "cpu"
+    corpus = load(STANDARD_LIBRARY, a.length or PRESETS[a.preset].length)
+    first = Trainer(config(a, corpus, EXACT), scan=True)
+    params = first.init(jax.random.key(a.seed)).params
+    runs = {}
+    for name in a.impls:
+        began = time.perf_counter()
+        runs[name] = train(config(a, corpus, name), corpus, params)
+        print(
+            f"{name:10} loss {runs[name]['loss'][0]:.4f} -> {runs[name]['loss'][-1]:.4f}, "
+            f"{runs[name]['step_ms']:.1f} ms a step, "
+            f"{time.perf_counter() - began:.0f} s in all",
+            flush=True,
+        )
+    settings = dataclasses.asdict(config(a, corpus, EXACT))
+    for name in ("dtype", "attention"):
+        del settings[name]
+    meta = machine | {
+        "versions": _results.versions(),
+        "date": _results.today(),
+        "commit": a.commit or _results.commit(),
+        "parameters": first.num_params,
+    }
+    out = a.out or _results.FOLDER / folder / "parity.json"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    lines = ",\n".join(f" {json.dumps(n)}: {json.dumps(r)}" for n, r in runs.items())
+    out.write_text(
+        f'{{"meta": {json.dumps(meta)},\n"config": {json.dumps(settings)},\n'
+        f'"runs": {{\n{lines}\n}}}}\n'
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,107 @@
+// Enqueues the three kernels of a backward: launch.cc's counterpart.
+
+#include "sm90/launch_backward.h"
+
+#include <cuda_runtime_api.h>
+
+#include <algorithm>
+#include <cstdint>
+
+#include "backward_rows.h"
+#include "launch.h"
+#include "params.h"
+#include "plan.h"
+#include "problem.h"
+#include "sm80/kernels.h"
+#include "sm80/tiles.h"
+
+namespace flash2 {
+namespace {
+
+template <DataType kType>
+const void* find_kernel(const BackwardPlan& plan) {
+  switch (plan.head_dim) {
+    case 64:
+      return sm80::backward_kernel<64, kType>(plan.variant, plan.general);
+    case 128:
+      return sm80::backward_kernel<128, kType>(plan.variant, plan.general);
+    case 256:
+      return sm80::backward_kernel<256, kType>(plan.variant, plan.general);
+  }
+  return nullptr;
+}
+
+// Where a size is 0 no kernel divides by it.
+Divisor divisor(int64_t size) {
+  return Divisor(static_cast<uint32_t>(std::max<int64_t>(size, 1)));
+}
+
+}  // namespace
+
+int launch_backward(const BackwardProblem& problem, const BackwardPlan& plan, void* workspace,
+                    CUstream_st* stream) {
+  if (plan.status != PlanStatus::kOk) return cudaErrorInvalidValue;
+  const bool bfloat16 = problem.data_type == DataType::kBFloat16;
+  const BackwardWorkspace& w = plan.workspace;
+  char* base = static_cast<char*>(workspace);
+  const bool hopper = plan.family == 90;
+  const bool waits = hopper || problem.deterministic;
+  BackwardParams params{problem,
+                        reinterpret_cast<float*>(base + w.dquery),
+                        reinterpret_cast<float*>(base + w.lse2),
+                        reinterpret_cast<float*>(base + w.delta),
+                        waits ? reinterpret_cast<int32_t*>(base + w.turns) : nullptr,
+                        reinterpret_cast<int32_t*>(base + w.finished),
+                        reinterpret_cast<int32_t*>(base + w.ticket),
+                        plan.first_stores,
+                        plan.transposed_sums,
+                        plan.finish_inside,
+                        static_cast<uint32_t>(w.rows_per_head),
+                        static_cast<uint32_t>(plan.tiles_kv),
+                        static_cast<uint32_t>(problem.batch) * problem.heads_kv,
+                        divisor(plan.section),
+                        divisor(plan.section * plan.tiles_kv),
+                        divisor(problem.heads_kv),
+                        divisor(w.rows_per_head / kRowPadding),
+                        divisor(problem.heads_q)};
+  void* arguments[] = {&params};
+  // `early`: may begin, as far as it waits by itself, before the kernel before it has ended.
+  const auto rows = [&](const void* kernel, int threads, bool early) {
+    if (plan.rows_grid == 0) return cudaSuccess;
+    if (kernel == nullptr) return cudaErrorInvalidDeviceFunction;
+    cudaLaunchAttribute attribute = {};
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config = {};
+    config.gridDim = dim3(plan.rows_grid);
+    config.blockDim = dim3(threads);
+    config.stream = stream;
+    config.attrs = &attribute;
+    config.numAttrs = early ? 1 : 0;
+    return cudaLaunchKernelExC(&config, kernel, arguments);
+  };
+
+  cudaError_t error =
+      rows(prepare_rows_kernel(problem.data_type, plan.head_dim), kPrepareThreads, false);
+  if (error != cudaSuccess) return error;
+  if (hopper) {
+    const int failed = sm90::launch_backward(problem, plan, params, stream);
+    if (failed != cudaSuccess) return failed;
+  } else if (plan.grid != 0) {
+    const void* kernel =
+        bfloat16 ? find_kernel<DataType::kBFloat16>(plan) : find_kernel<DataType::kFloat16>(plan);
+    if (kernel == nullptr) return cudaErrorInvalidDeviceFunction;
+    static_assert(4 * sm80::kBackwardTileCount <= 64);
+    static SmemAllowance allowance;
+    const int bit = 4 * plan.variant + 2 * bfloat16 + plan.general;
+    error = allowance.ask(kernel, bit, plan.smem_bytes);
+    if (error != cudaSuccess) return error;
+    error = cudaLaunchKernel(kernel, dim3(plan.grid), dim3(plan.block), arguments, plan.smem_bytes,
+                             stream);
+    if (error != cudaSuccess) return error;
+  }
+  if (plan.finish_inside) return cudaSuccess;
+  return rows(finish_rows_kernel(problem.data_type, plan.head_dim), kFinishThreads, hopper);
+}
+
+}  // namespace flash2

@@ -1,0 +1,58 @@
+// Inline PTX of compute capability 9.0: clusters of blocks and their shared memory.
+// PTX ISA 9.7.13.3, barrier.cluster; 9.7.9.22, mapa.
+#pragma once
+
+#include <cstdint>
+
+namespace flash2::ptx {
+
+__device__ __forceinline__ uint32_t cluster_rank() {
+  uint32_t rank;
+  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+}
+
+__device__ __forceinline__ void cluster_arrive() {
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+}
+
+__device__ __forceinline__ void cluster_wait() {
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+
+// The address in the cluster of what lies at `shared` in the block of this rank.
+__device__ __forceinline__ uint32_t peer_address(uint32_t shared, uint32_t rank) {
+  uint32_t peer;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(peer) : "r"(shared), "r"(rank));
+  return peer;
+}
+
+__device__ __forceinline__ void store_peer(uint32_t peer, uint32_t value) {
+  asm volatile("st.shared::cluster.b32 [%0], %1;" ::"r"(peer), "r"(value) : "memory");
+}
+
+// Releases this thread's ordinary stores to the cluster. Compiles to a memory barrier and a cache
+// invalidation: 30 % of the speed if done in a main loop.
+__device__ __forceinline__ void mbarrier_arrive_peer_release(uint32_t peer_barrier) {
+  asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(peer_barrier)
+               : "memory");
+}
+
+// Enough for stages that only TMA writes and only wgmma reads.
+__device__ __forceinline__ void mbarrier_arrive_peer(uint32_t peer_barrier) {
+  asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(peer_barrier) : "memory");
+}
+
+// mbarrier_test that also acquires what blocks of the cluster released.
+__device__ __forceinline__ bool mbarrier_test_cluster(uint32_t barrier, uint32_t parity) {
+  uint32_t over;
+  asm volatile(
+      "{\n.reg .pred p;\nmbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n"
+      "selp.u32 %0, 1, 0, p;\n}"
+      : "=r"(over)
+      : "r"(barrier), "r"(parity)
+      : "memory");
+  return over != 0;
+}
+
+}  // namespace flash2::ptx

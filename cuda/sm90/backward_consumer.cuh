@@ -1,0 +1,223 @@
+// What the two consumer warpgroups of a backward block do: all products.
+//
+// A consumer owns 64 of the tile's 128 keys. It computes S^T = K Q^T and dP^T = V dO^T, so that
+// P^T and dS^T lie in its registers as the A operands of dV += P^T dO and dK += dS^T Q. dQ = dS K
+// runs over all keys: dS goes to shared memory, and each consumer computes half of dQ.
+#pragma once
+
+#include <cstdint>
+
+#include "backward_rows.h"
+#include "params.h"
+#include "ptx/common.cuh"
+#include "ptx/mbarrier.cuh"
+#include "ptx/tma.cuh"
+#include "ptx/warpgroup.cuh"
+#include "ptx/wgmma.cuh"
+#include "sm90/backward_memory.cuh"
+#include "sm90/backward_scores.cuh"
+#include "sm90/backward_work.cuh"
+#include "softmax.cuh"
+
+namespace flash2::sm90 {
+
+template <int kTile, DataType kType>
+__device__ __forceinline__ void consume(const BackwardParams& params,
+                                        const BackwardMemory<kTile>& smem,
+                                        const KeyTile<kBackwardTiles[kTile].tile_q>* tiles,
+                                        int consumer, int warp) {
+  constexpr BackwardTile kT = kBackwardTiles[kTile];
+  constexpr int kD = kT.head_dim, kQ = kT.tile_q, kKeys = kT.tile_kv();
+  constexpr int kQueryPanel = kQ * 128, kKeyPanel = kKeys * 128;
+  // Halves of dQ: 64 rows each where a step has 128, else 64 columns each.
+  constexpr bool kByRows = kQ == 128, kTransposed = kT.transposed();
+  static_assert(kByRows ? kD == 64 : kD == 128);
+  constexpr int kBlocks = kTransposed ? kQ / 8 : 8;  // of dQ, 16 x 8, in a warp
+  constexpr int kBoth = 1;                           // the named barrier of both consumers
+  const BackwardProblem& p = params.problem;
+  const int lane = threadIdx.x % 32, thread = threadIdx.x % 128;
+
+  const uint64_t key_a = ptx::wgmma_descriptor(smem.key() + consumer * 64 * 128);
+  const uint64_t value_a = ptx::wgmma_descriptor(smem.value() + consumer * 64 * 128);
+  const uint64_t query_b = ptx::wgmma_descriptor(smem.query(0));
+  const uint64_t dout_b = ptx::wgmma_descriptor(smem.dout(0));
+  const uint64_t query_t = ptx::wgmma_descriptor(smem.query(0), kQueryPanel);
+  const uint64_t dout_t = ptx::wgmma_descriptor(smem.dout(0), kQueryPanel);
+  const uint64_t key_t =
+      ptx::wgmma_descriptor(smem.key() + (kByRows ? 0 : consumer * kKeyPanel), kKeyPanel);
+  const uint64_t ds_a = ptx::wgmma_descriptor(smem.ds(0) + (kByRows ? consumer * 64 * 128 : 0));
+
+  float dkey[kD / 2], dvalue[kD / 2];
+  float s[kQ / 2], dp[kQ / 2], dquery[kTransposed ? kQ / 2 : 32];
+  uint32_t probabilities[kQ / 16][4], ds[kQ / 16][4];
+  Ring<2> ring, tile_ring;  // Q and dO stand at the same stage
+  uint32_t ds_stage = 0, kv_parity = 0, dquery_parity = 1;
+  const uint32_t ds_to = transposed_row(smem.ds(0) + consumer * kQueryPanel, warp, lane);
+
+  const auto release = [&](uint32_t barrier) {
+    if (lane == 0) ptx::mbarrier_arrive(barrier);
+  };
+  const auto wait_dquery_buffer = [&] {
+    ptx::mbarrier_wait(smem.dquery_empty(consumer), dquery_parity);
+  };
+
+  // One query tile. kCut: some row of it does not see some key.
+  const auto step = [&](int query_tile, auto cut, const auto& tile, float factor) {
+    constexpr bool kCut = decltype(cut)::value;
+    const uint32_t stage = ring.stage, shift = stage * kT.stage_bytes();
+    ptx::mbarrier_wait(smem.query_full(stage), ring.parity);
+    ptx::wgmma_fence();
+#pragma unroll
+    for (int k = 0; k < kD / 16; ++k) {
+      const int inside = k % 4 * 32;
+      ptx::wgmma<kType, false, false>(
+          s, ptx::wgmma_advance(key_a, k / 4 * kKeyPanel + inside),
+          ptx::wgmma_advance(query_b, shift + k / 4 * kQueryPanel + inside), k != 0);
+    }
+    ptx::wgmma_commit();
+    ptx::mbarrier_wait(smem.dout_full(stage), ring.parity);
+    ptx::wgmma_fence();
+#pragma unroll
+    for (int k = 0; k < kD / 16; ++k) {
+      const int inside = k % 4 * 32;
+      ptx::wgmma<kType, false, false>(
+          dp, ptx::wgmma_advance(value_a, k / 4 * kKeyPanel + inside),
+          ptx::wgmma_advance(dout_b, shift + k / 4 * kQueryPanel + inside), k != 0);
+    }
+    ptx::wgmma_commit();
+
+    ptx::wgmma_wait<1>();
+    ptx::pin(s);
+    to_probabilities(s, smem.lse2(stage), factor);
+    if constexpr (kCut) {
+      mask_probabilities(s, p, tile, tile.first_key() + consumer * 64 + warp * 16 + lane / 4,
+                         query_tile * kQ);
+    }
+    ptx::wgmma_wait<0>();
+    ptx::pin(dp);
+    to_operands<kType>(s, dp, smem.delta(stage), probabilities, ds);
+#pragma unroll
+    for (int k = 0; k < kQ / 16; ++k) {
+      ptx::store_matrix_x4_transposed(ds_to + ds_stage * kT.ds_bytes() + k * 2048, ds[k]);
+    }
+    ptx::fence_async_shared();
+
+    ptx::wgmma_fence();
+#pragma unroll
+    for (int k = 0; k < kQ / 16; ++k) {
+      ptx::wgmma<kType, true>(dvalue, probabilities[k],
+                              ptx::wgmma_advance(dout_t, shift + k * 2048), true);
+    }
+    ptx::wgmma_commit();
+    // Both have stored dS, and both are done with the dS of the step before.
+    ptx::barrier_sync(kBoth, 256);
+    ptx::wgmma_fence();
+#pragma unroll
+    for (int k = 0; k < kKeys / 16; ++k) {
+      const uint64_t rows =
+          ptx::wgmma_advance(ds_a, ds_stage * kT.ds_bytes() + k / 4 * kQueryPanel + k % 4 * 32);
+      const uint64_t columns = ptx::wgmma_advance(key_t, k * 2048);
+      if constexpr (kTransposed) {
+        ptx::wgmma<kType, true, false>(dquery, columns, rows, k != 0);
+      } else {
+        ptx::wgmma<kType, false, true>(dquery, rows, columns, k != 0);
+      }
+    }
+    ptx::wgmma_commit();
+    ptx::wgmma_wait<1>();
+    release(smem.dout_empty(stage));
+#pragma unroll
+    for (int k = 0; k < kQ / 16; ++k) {
+      ptx::wgmma<kType, true>(dkey, ds[k], ptx::wgmma_advance(query_t, shift + k * 2048), true);
+    }
+    ptx::wgmma_commit();
+    ptx::wgmma_wait<1>();
+    ptx::pin(dquery);
+    wait_dquery_buffer();
+    dquery_parity ^= 1;
+#pragma unroll
+    for (int i = 0; i < kBlocks; ++i) {
+      ptx::store_shared_16(
+          smem.dquery(consumer) + (warp * kBlocks + i) * 512 + lane * 16,
+          words_of(dquery[4 * i], dquery[4 * i + 1], dquery[4 * i + 2], dquery[4 * i + 3]));
+    }
+    ptx::fence_async_shared();
+    __syncwarp();
+    release(smem.dquery_full(consumer));
+    ptx::wgmma_wait<0>();
+    release(smem.query_empty(stage));
+    ring.next();
+    ds_stage ^= 1;
+  };
+
+  for (;;) {
+    ptx::mbarrier_wait(smem.tile_full(tile_ring.stage), tile_ring.parity);
+    const auto& tile = tiles[tile_ring.stage];
+    if (uniform(tile.block) < 0) break;
+    const int begin = uniform(tile.begin), end = uniform(tile.end);
+    const int group = p.heads_q / p.heads_kv;
+    const float factor = tile.scale * kLog2E;
+#pragma unroll
+    for (int i = 0; i < kD / 2; ++i) dkey[i] = dvalue[i] = 0.0f;
+    ptx::mbarrier_wait(smem.key_full(), kv_parity);
+    ptx::mbarrier_wait(smem.value_full(), kv_parity);
+    kv_parity ^= 1;
+    wait_dquery_buffer();  // then dV of the tile before has left the place of dS
+    if constexpr (kT.masked) {
+      const int whole_begin = uniform(tile.whole_begin), whole_end = uniform(tile.whole_end);
+      const int keys = uniform(tile.clear_keys(p)), rows = uniform(tile.clear_rows(p));
+      const int all = consumer * 128 + thread;
+      if (keys < kKeys) {
+        clear_rows<kD / 64>(smem.key(), keys, kKeys, all, 256);
+        clear_rows<kD / 64>(smem.value(), keys, kKeys, all, 256);
+        ptx::fence_async_shared();
+        ptx::barrier_sync(kBoth, 256);
+      }
+      // The cut tiles above the whole ones and those, then the cut ones below.
+#pragma unroll 1
+      for (int half = 0, query_tile = 0; half < 2 * group && begin < end; ++half) {
+        const bool upper = half % 2 == 0;
+        if (upper) {
+          query_tile = end - 1;
+          if (rows < kQ) {
+            ptx::mbarrier_wait(smem.query_full(ring.stage), ring.parity);
+            clear_rows<kD / 64>(smem.query(ring.stage), rows, kQ, all, 256);
+            ptx::mbarrier_wait(smem.dout_full(ring.stage), ring.parity);
+            clear_rows<kD / 64>(smem.dout(ring.stage), rows, kQ, all, 256);
+            ptx::fence_async_shared();
+            ptx::barrier_sync(kBoth, 256);
+          }
+        }
+        const int cut_until = upper ? whole_end : begin, until = upper ? whole_begin : begin;
+#pragma unroll 1
+        for (; query_tile >= cut_until; --query_tile) step(query_tile, Yes{}, tile, factor);
+#pragma unroll 1
+        for (; query_tile >= until; --query_tile) step(query_tile, No{}, tile, factor);
+      }
+    } else {
+#pragma unroll 1
+      for (int left = group * (end - begin); left > 0; --left) step(0, No{}, tile, factor);
+    }
+    release(smem.key_empty());
+    release(smem.value_empty());
+    ptx::pin(dkey);
+    ptx::pin(dvalue);
+
+    // dV goes to this consumer's panels of dS once nobody reads dS any more, dK to the place of
+    // its dQ; the storer sends them off.
+    const float scale = tile.scale;
+    ptx::barrier_sync(kBoth, 256);
+    store_rows<kType, kD>(dvalue, smem.ds(0) + consumer * kQueryPanel, kT.ds_bytes(), warp, lane,
+                          kProbabilityUnit);
+    wait_dquery_buffer();
+    dquery_parity ^= 1;
+    store_rows<kType, kD>(dkey, smem.dquery(consumer), 64 * 128, warp, lane, scale);
+    ptx::fence_async_shared();
+    __syncwarp();
+    release(smem.dquery_full(consumer));
+    release(smem.tile_empty(tile_ring.stage));
+    tile_ring.next();
+  }
+}
+
+}  // namespace flash2::sm90

@@ -1,0 +1,126 @@
+// Where things lie in the shared memory of a backward block, and the barriers by name.
+//
+// All tiles are panels of 64 columns as TMA writes and wgmma reads them (ptx/wgmma.cuh). Keys are
+// the columns of dS, in two panels.
+#pragma once
+
+#include <cstdint>
+
+#include "ptx/common.cuh"
+#include "ptx/mbarrier.cuh"
+#include "sm90/backward_tiles.h"
+#include "sm90/ring.cuh"
+
+namespace flash2::sm90 {
+
+template <int kTile>
+struct BackwardMemory {
+  static constexpr BackwardTile kT = kBackwardTiles[kTile];
+  static constexpr int kRow = 128;  // bytes of a panel's row
+  static constexpr int kQueryPanel = kT.tile_q * kRow, kKeyPanel = kT.keys() * kRow;
+  uint32_t base;
+
+  __device__ __forceinline__ uint32_t key() const { return base; }
+  __device__ __forceinline__ uint32_t value() const { return key() + kT.kv_bytes(); }
+  __device__ __forceinline__ uint32_t query(uint32_t stage) const {
+    return value() + kT.kv_bytes() + stage * kT.stage_bytes();
+  }
+  __device__ __forceinline__ uint32_t dout(uint32_t stage) const {
+    return query(2) + stage * kT.stage_bytes();
+  }
+  __device__ __forceinline__ uint32_t ds(uint32_t stage) const {
+    return dout(2) + stage * kT.ds_bytes();
+  }
+  // A consumer's half of the float32 dQ of a step.
+  __device__ __forceinline__ uint32_t dquery(int consumer) const {
+    return ds(2) + consumer * kT.stage_bytes();
+  }
+  // Pair: half of the columns of the other block's keys.
+  __device__ __forceinline__ uint32_t other_key() const { return ds(1); }
+  __device__ __forceinline__ uint32_t lse2(uint32_t stage) const {
+    return base + kT.tiles_bytes() + stage * kT.rows_bytes();
+  }
+  __device__ __forceinline__ uint32_t delta(uint32_t stage) const { return lse2(2 + stage); }
+  // Of a KeyTile.
+  static __device__ __forceinline__ constexpr int tile_offset(uint32_t stage) {
+    return kT.tiles_bytes() + 4 * kT.rows_bytes() + 64 * stage;
+  }
+
+  // `full`: what is brought has landed. `empty`: all readers are done with it.
+  __device__ __forceinline__ uint32_t key_full() const { return barrier(0); }
+  __device__ __forceinline__ uint32_t key_empty() const { return barrier(1); }
+  __device__ __forceinline__ uint32_t value_full() const { return barrier(2); }
+  __device__ __forceinline__ uint32_t value_empty() const { return barrier(3); }
+  __device__ __forceinline__ uint32_t query_full(uint32_t stage) const {
+    return barrier(4 + stage);
+  }
+  __device__ __forceinline__ uint32_t query_empty(uint32_t stage) const {
+    return barrier(6 + stage);
+  }
+  __device__ __forceinline__ uint32_t dout_full(uint32_t stage) const {
+    return barrier(8 + stage);
+  }
+  __device__ __forceinline__ uint32_t dout_empty(uint32_t stage) const {
+    return barrier(10 + stage);
+  }
+  // One: of the key tile that the producer writes, and of each consumer's dQ.
+  __device__ __forceinline__ uint32_t tile_full(uint32_t stage) const {
+    return barrier(12 + stage);
+  }
+  __device__ __forceinline__ uint32_t tile_empty(uint32_t stage) const {
+    return barrier(14 + stage);
+  }
+  __device__ __forceinline__ uint32_t dquery_full(int consumer) const {
+    return barrier(16 + consumer);
+  }
+  __device__ __forceinline__ uint32_t dquery_empty(int consumer) const {
+    return barrier(18 + consumer);
+  }
+  // Pair: of P^T on its way from one warpgroup to the other, and of the whole dS.
+  __device__ __forceinline__ uint32_t p_full() const { return barrier(20); }
+  __device__ __forceinline__ uint32_t ds_full() const { return barrier(21); }
+  __device__ __forceinline__ uint32_t ds_empty() const { return barrier(22); }
+
+  // By one thread; a barrier of the block (of the cluster) follows.
+  __device__ __forceinline__ void init_barriers() const {
+    constexpr int kConsumerWarps = 8, kStorerWarps = 2;
+    ptx::mbarrier_init(key_full(), 1);
+    ptx::mbarrier_init(key_empty(), kConsumerWarps);
+    ptx::mbarrier_init(value_full(), 1);
+    ptx::mbarrier_init(value_empty(), kConsumerWarps);
+    for (int i = 0; i < 2; ++i) {
+      ptx::mbarrier_init(query_full(i), 1);
+      ptx::mbarrier_init(query_empty(i), kT.blocks * kConsumerWarps);
+      ptx::mbarrier_init(dout_full(i), 1);
+      ptx::mbarrier_init(dout_empty(i), kT.blocks * kConsumerWarps);
+      ptx::mbarrier_init(tile_full(i), 1);
+      ptx::mbarrier_init(tile_empty(i), kConsumerWarps + kStorerWarps);
+      ptx::mbarrier_init(dquery_full(i), 4);  // a consumer's warps
+      ptx::mbarrier_init(dquery_empty(i), 1);
+    }
+    ptx::mbarrier_init(p_full(), 4);
+    ptx::mbarrier_init(ds_full(), 1);
+    ptx::mbarrier_init(ds_empty(), kT.blocks * kConsumerWarps);
+    ptx::mbarrier_init_fence();
+  }
+
+ private:
+  __device__ __forceinline__ uint32_t barrier(uint32_t number) const {
+    return base + kT.smem_bytes() - 192 + 8 * number;
+  }
+};
+
+// Zeros in rows [first, rows) of a tile of kPanels panels, by `threads` threads. To be followed by
+// fence_async_shared and a barrier: wgmma reads it.
+template <int kPanels>
+__device__ __forceinline__ void clear_rows(uint32_t tile, int first, int rows, int thread,
+                                           int threads) {
+  const int words = (rows - first) * 8;  // of 16 bytes, in a panel
+  for (int i = thread; i < kPanels * words; i += threads) {
+    const int panel = i / words;
+    ptx::store_shared_16(tile + panel * rows * 128 + first * 128 + (i - panel * words) * 16,
+                         uint4{0, 0, 0, 0});
+  }
+}
+
+}  // namespace flash2::sm90

@@ -1,0 +1,237 @@
+// The parts of backward_pair.cuh that its two consumers share, and its producer.
+#pragma once
+
+#include <cstdint>
+
+#include "params.h"
+#include "plan.h"
+#include "ptx/cluster.cuh"
+#include "ptx/common.cuh"
+#include "ptx/mbarrier.cuh"
+#include "ptx/tma.cuh"
+#include "ptx/warpgroup.cuh"
+#include "ptx/wgmma.cuh"
+#include "sm90/backward_kernels.h"
+#include "sm90/backward_memory.cuh"
+#include "sm90/backward_scores.cuh"
+#include "sm90/backward_tiles.h"
+#include "sm90/backward_work.cuh"
+
+namespace flash2::sm90 {
+
+// A place in the walk: query tiles from the last to the first, head after head of the group.
+struct PairPlace {
+  int query_tile;
+  int block;  // of kRowPadding rows: the query tile's place in the workspace
+
+  template <class Tile>
+  __device__ __forceinline__ PairPlace(const BackwardParams& params, const Tile& tile)
+      : query_tile(tile.end - 1) {
+    const BackwardProblem& p = params.problem;
+    const int head = tile.batch * p.heads_q + tile.head_kv * (p.heads_q / p.heads_kv);
+    block = head * static_cast<int>(params.row_blocks.value) + query_tile;
+  }
+  // Without a branch: it stands between products. `tile` stays in shared memory, since registers
+  // are few.
+  template <class Tile>
+  __device__ __forceinline__ void next(const BackwardParams& params, const Tile& tile) {
+    const bool turn = query_tile == tile.begin;
+    query_tile = turn ? tile.end - 1 : query_tile - 1;
+    block += turn ? static_cast<int>(params.row_blocks.value) + tile.steps() - 1 : -1;
+  }
+};
+
+template <int kTile>
+struct PairProducer {
+  static constexpr BackwardTile kT = kBackwardTiles[kTile];
+  using Memory = BackwardMemory<kTile>;
+  using Tile = KeyTile<kT.tile_q>;
+
+  const BackwardMaps& maps;
+  const BackwardParams& params;
+  Memory smem;
+  const Tile& tile;
+  int rank;
+
+  // By one thread of each block, which brings panels 2 rank and 2 rank + 1 of Q and dO to both.
+  __device__ __forceinline__ void run() const {
+    const BackwardProblem& p = params.problem;
+    const uint64_t keep = ptx::policy_evict_last(), pass = ptx::policy_evict_first();
+    const int steps = tile.steps() * (p.heads_q / p.heads_kv);
+    const int key = tile.first_key() + rank * kT.keys();
+    const int other_key = tile.first_key() + (1 - rank) * kT.keys();
+    const int key_batch = p.key_stride.batch == 0 ? 0 : tile.batch;
+    const int value_batch = p.value_stride.batch == 0 ? 0 : tile.batch;
+    if (steps == 0) return;
+    ptx::mbarrier_arrive_expect(smem.key_full(), kT.kv_bytes() + kT.kv_bytes() / 2);
+    for (int panel = 0; panel < kT.panels(); ++panel) {
+      ptx::tma_load(smem.key() + panel * Memory::kKeyPanel, &maps.key, smem.key_full(), panel * 64,
+                    key, tile.head_kv, key_batch, pass);
+    }
+    for (int i = 0; i < 2; ++i) {
+      ptx::tma_load(smem.other_key() + i * Memory::kKeyPanel, &maps.key, smem.key_full(),
+                    (2 * rank + i) * 64, other_key, tile.head_kv, key_batch, pass);
+    }
+    ptx::wait_prerequisites();
+    Ring<2> ring;
+    int head = tile.head_kv * (p.heads_q / p.heads_kv), query_tile = tile.end - 1;
+#pragma unroll 1
+    for (int step = 0; step < steps; ++step) {
+      load(ring, maps.query, smem.query(ring.stage), smem.query_full(ring.stage),
+           smem.query_empty(ring.stage), smem.lse2(ring.stage), maps.lse2, head, query_tile,
+           p.query_stride, keep);
+      if (step == 0) {
+        ptx::mbarrier_arrive_expect(smem.value_full(), kT.kv_bytes());
+        for (int panel = 0; panel < kT.panels(); ++panel) {
+          ptx::tma_load(smem.value() + panel * Memory::kKeyPanel, &maps.value, smem.value_full(),
+                        panel * 64, key, tile.head_kv, value_batch, pass);
+        }
+      }
+      load(ring, maps.dout, smem.dout(ring.stage), smem.dout_full(ring.stage),
+           smem.dout_empty(ring.stage), smem.delta(ring.stage), maps.delta, head, query_tile,
+           p.dout_stride, keep);
+      ring.next();
+      if (--query_tile < tile.begin) {
+        query_tile = tile.end - 1;
+        ++head;
+      }
+    }
+  }
+
+ private:
+  __device__ __forceinline__ void load(const Ring<2>& ring, const CUtensorMap& map,
+                                       uint32_t target, uint32_t full, uint32_t empty,
+                                       uint32_t per_row_target, const CUtensorMap& per_row,
+                                       int head, int query_tile, const Strides& stride,
+                                       uint64_t keep) const {
+    constexpr uint16_t kBoth = 3;
+    const int batch = stride.batch == 0 ? 0 : tile.batch;
+    ptx::mbarrier_wait(empty, ring.parity ^ 1);
+    ptx::mbarrier_arrive_expect(full, kT.stage_bytes() + 4 * kT.tile_q);  // the other half too
+    for (int i = 0; i < 2; ++i) {
+      const int panel = 2 * rank + i;
+      ptx::tma_load_multicast(target + panel * Memory::kQueryPanel, &map, full, panel * 64,
+                              query_tile * kT.tile_q, head, batch, kBoth, keep);
+    }
+    ptx::tma_load_rows(per_row_target, &per_row, full, query_tile * kT.tile_q,
+                       tile.batch * params.problem.heads_q + head);
+  }
+};
+
+// What both consumers of a block do, and what they need for it.
+template <int kTile, DataType kType>
+struct PairConsumer {
+  static constexpr BackwardTile kT = kBackwardTiles[kTile];
+  static constexpr int kD = kT.head_dim, kQ = kT.tile_q, kPanel = 64 * 128;
+  static constexpr int kBoth = 1;  // named barriers: of both consumers, and of each
+  using Memory = BackwardMemory<kTile>;
+  using Tile = KeyTile<kT.tile_q>;
+
+  const BackwardParams& params;
+  Memory smem;
+  const Tile& tile;
+  int rank, consumer;
+
+  // Made anew from the thread's number wherever they are needed: registers are few.
+  __device__ __forceinline__ int thread() const { return threadIdx.x % 128; }
+  __device__ __forceinline__ int warp() const { return thread() / 32; }
+  __device__ __forceinline__ int lane() const { return threadIdx.x % 32; }
+  __device__ __forceinline__ int own() const { return 2 + consumer; }
+  __device__ __forceinline__ int quarter() const { return 2 * rank + consumer; }
+  // A stage is free once all of both blocks are done: TMA writes to both.
+  __device__ __forceinline__ void release(uint32_t barrier) const {
+    if (lane() < 2) ptx::mbarrier_arrive_peer(ptx::peer_address(barrier, lane()));
+  }
+  // x = A B^T over head_dim: S^T or dP^T.
+  __device__ __forceinline__ void start_scores(float (&x)[kQ / 2], uint32_t a, uint32_t b) const {
+    // Made anew in each step: kept, the descriptors of all 16 would fill the uniform registers.
+    const uint64_t from_a = ptx::wgmma_descriptor(ptx::opaque(a));
+    const uint64_t from_b = ptx::wgmma_descriptor(b);
+#pragma unroll
+    for (int k = 0; k < kD / 16; ++k) {
+      const int at = k / 4 * kPanel + k % 4 * 32;
+      ptx::wgmma<kType, false, false>(x, ptx::wgmma_advance(from_a, at),
+                                      ptx::wgmma_advance(from_b, at), k != 0);
+    }
+    ptx::wgmma_commit();
+  }
+  // sum += A B over the queries: dV or dK.
+  __device__ __forceinline__ void start_gradient(float (&sum)[kD / 2],
+                                                 const uint32_t (&a)[kQ / 16][4],
+                                                 uint32_t b) const {
+    const uint64_t from = ptx::wgmma_descriptor(b, kPanel);
+#pragma unroll
+    for (int k = 0; k < kQ / 16; ++k) {
+      ptx::wgmma<kType, true>(sum, a[k], ptx::wgmma_advance(from, k * 2048), true);
+    }
+    ptx::wgmma_commit();
+  }
+  // This consumer's quarter of dQ, 64 columns, over the keys of block 0, then of block 1.
+  __device__ __forceinline__ void start_dquery(float (&dquery)[32]) const {
+    const uint64_t ds = ptx::wgmma_descriptor(smem.ds(0));
+    const uint64_t mine = ptx::wgmma_descriptor(smem.key() + quarter() * kPanel);
+    const uint64_t other = ptx::wgmma_descriptor(smem.other_key() + consumer * kPanel);
+    const uint64_t first = rank == 0 ? mine : other, second = rank == 0 ? other : mine;
+#pragma unroll
+    for (int k = 0; k < 8; ++k) {
+      ptx::wgmma<kType, false, true>(dquery, ptx::wgmma_advance(ds, k / 4 * kPanel + k % 4 * 32),
+                                     ptx::wgmma_advance(k < 4 ? first : second, k % 4 * 2048),
+                                     k != 0);
+    }
+    ptx::wgmma_commit();
+  }
+  __device__ __forceinline__ void add_dquery(const float (&dquery)[32],
+                                             const PairPlace& at) const {
+    const BackwardProblem& p = params.problem;
+    const int blocks = p.head_dim / 8 - 8 * quarter();  // of 8 columns, that exist
+    float* to = params.dquery_sums + 16 * warp() * p.head_dim + quarter() * 1024 + lane() * 4 +
+                int64_t{at.block} * (kRowPadding * p.head_dim);
+    int32_t* turn = params.turns + int64_t{at.block} * (kRowPadding / 16) + quarter();
+    if constexpr (kT.deterministic) {
+      if (thread() == 0) {
+        const int before = tile.visitors_before(p, at.query_tile);
+        while (ptx::load_acquire(turn) < before) {
+        }
+      }
+      ptx::barrier_sync(own(), 128);
+    }
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      const float block[4] = {dquery[4 * i], dquery[4 * i + 1], dquery[4 * i + 2],
+                              dquery[4 * i + 3]};
+      if (i < blocks) ptx::add_global_4(to + i * 128, block);
+    }
+    if constexpr (kT.deterministic) {
+      __threadfence();
+      ptx::barrier_sync(own(), 128);
+      if (thread() == 0) ptx::add_release(turn, 1);
+    }
+  }
+  // Zeros in what the call must not see: keys of this block and of the other's half.
+  __device__ __forceinline__ void clear_keys() const {
+    const int keys = uniform(tile.clear_keys(params.problem));
+    if (keys >= tile.kKeys) return;
+    const int number = consumer * 128 + thread();
+    ptx::mbarrier_wait(smem.key_full(), 0);
+    ptx::mbarrier_wait(smem.value_full(), 0);
+    const int mine = min(max(keys - 64 * rank, 0), 64);
+    const int other = min(max(keys - 64 * (1 - rank), 0), 64);
+    clear_rows<4>(smem.key(), mine, 64, number, 256);
+    clear_rows<4>(smem.value(), mine, 64, number, 256);
+    clear_rows<2>(smem.other_key(), other, 64, number, 256);
+    ptx::fence_async_shared();
+    ptx::barrier_sync(kBoth, 256);
+  }
+  // Rows of the last query tile of each head, likewise: consumer 0 those of Q, consumer 1 of dO.
+  __device__ __forceinline__ void clear_queries(const Ring<2>& ring, int rows) const {
+    if (rows >= kQ) return;
+    ptx::mbarrier_wait(smem.query_full(ring.stage), ring.parity);
+    ptx::mbarrier_wait(smem.dout_full(ring.stage), ring.parity);
+    clear_rows<4>(consumer == 0 ? smem.query(ring.stage) : smem.dout(ring.stage), rows, kQ,
+                  thread(), 128);
+    ptx::fence_async_shared();
+    ptx::barrier_sync(kBoth, 256);
+  }
+};
+
+}  // namespace flash2::sm90

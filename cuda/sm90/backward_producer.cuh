@@ -1,0 +1,225 @@
+// What the first warpgroup of a backward block does: one warp starts all loads, two more store
+// what the consumers hand them.
+#pragma once
+
+#include <cstdint>
+
+#include "params.h"
+#include "ptx/common.cuh"
+#include "ptx/mbarrier.cuh"
+#include "ptx/tma.cuh"
+#include "ptx/warpgroup.cuh"
+#include "sm90/backward_kernels.h"
+#include "sm90/backward_memory.cuh"
+#include "sm90/backward_work.cuh"
+
+namespace flash2::sm90 {
+
+// A whole warp; its first lane starts the copies.
+template <int kTile>
+struct BackwardProducer {
+  static constexpr BackwardTile kT = kBackwardTiles[kTile];
+  using Memory = BackwardMemory<kTile>;
+  using Tile = KeyTile<kT.tile_q>;
+
+  const BackwardMaps& maps;
+  const BackwardParams& params;
+  Memory smem;
+  Tile* tiles;  // two, in shared memory
+  bool leader;
+  uint64_t keep, pass;  // policies of the L2 cache: Q and dO are read again, K and V are not
+  Ring<2> query_ring, dout_ring;
+
+  __device__ __forceinline__ void run() {
+    const BackwardProblem& p = params.problem;
+    keep = ptx::policy_evict_last();
+    pass = ptx::policy_evict_first();
+    const uint32_t count = params.heads * params.tiles_kv;
+    const int group = p.heads_q / p.heads_kv;
+    Ring<2> ring;
+    uint32_t parity = 1;  // of `empty` of K and V
+    bool fresh = true;
+    for (uint32_t number = blockIdx.x;;) {
+      ptx::mbarrier_wait(smem.tile_empty(ring.stage), ring.parity ^ 1);
+      Tile& tile = tiles[ring.stage];
+      if (number < count) {
+        const Tile made(params, number, kT.masked);
+        if (leader) tile = made;
+      } else if (leader) {
+        tile.block = -1;
+      }
+      __syncwarp();
+      if (leader) ptx::mbarrier_arrive(smem.tile_full(ring.stage));
+      ring.next();
+      if (number >= count) break;
+
+      // In the order in which the buffers become free: K is read last, by the tile's last dQ.
+      if (fresh) {
+        load_kv(maps.key, smem.key(), smem.key_full(), smem.key_empty(), parity, tile,
+                p.key_stride);
+        ptx::wait_prerequisites();
+      }
+      const int steps = tile.steps() * group;
+      int head = tile.head_kv * group, query_tile = tile.end - 1;
+#pragma unroll 1
+      for (int step = 0; step == 0 || step < steps; ++step) {
+        if (step < steps)
+          load_rows(query_ring, maps.query, smem.query(query_ring.stage),
+                    smem.query_full(query_ring.stage), smem.query_empty(query_ring.stage),
+                    maps.lse2, smem.lse2(query_ring.stage), tile, head, query_tile,
+                    p.query_stride);
+        if (step == 0) {
+          load_kv(maps.value, smem.value(), smem.value_full(), smem.value_empty(), parity, tile,
+                  p.value_stride);
+        }
+        if (step < steps)
+          load_rows(dout_ring, maps.dout, smem.dout(dout_ring.stage),
+                    smem.dout_full(dout_ring.stage), smem.dout_empty(dout_ring.stage), maps.delta,
+                    smem.delta(dout_ring.stage), tile, head, query_tile, p.dout_stride);
+        if (step == 0 && !fresh) {
+          load_kv(maps.key, smem.key(), smem.key_full(), smem.key_empty(), parity, tile,
+                  p.key_stride);
+        }
+        if (--query_tile < tile.begin) {
+          query_tile = tile.end - 1;
+          ++head;
+        }
+      }
+      fresh = false;
+      parity ^= 1;
+      // Taken as late as possible: a tile taken earlier is bound to this block however long the
+      // present one takes, which undoes the order by length.
+      if (leader) number = gridDim.x + atomicAdd(params.ticket, 1);
+      number = __shfl_sync(~0u, number, 0);
+    }
+  }
+
+ private:
+  __device__ __forceinline__ void load_kv(const CUtensorMap& map, uint32_t target, uint32_t full,
+                                          uint32_t empty, uint32_t parity, const Tile& tile,
+                                          const Strides& stride) {
+    ptx::mbarrier_wait(empty, parity);
+    if (!leader) return;
+    const int batch = stride.batch == 0 ? 0 : tile.batch;
+    ptx::mbarrier_arrive_expect(full, kT.kv_bytes());
+    for (int panel = 0; panel < kT.panels(); ++panel) {
+      ptx::tma_load(target + panel * Memory::kKeyPanel, &map, full, panel * 64, tile.first_key(),
+                    tile.head_kv, batch, pass);
+    }
+  }
+
+  // A step's rows of Q or dO, and what each row has beside them.
+  __device__ __forceinline__ void load_rows(Ring<2>& ring, const CUtensorMap& map, uint32_t target,
+                                            uint32_t full, uint32_t empty,
+                                            const CUtensorMap& per_row, uint32_t per_row_target,
+                                            const Tile& tile, int head, int query_tile,
+                                            const Strides& stride) {
+    ptx::mbarrier_wait(empty, ring.parity ^ 1);
+    ring.next();
+    if (!leader) return;
+    const int batch = stride.batch == 0 ? 0 : tile.batch;
+    const int row = query_tile * kT.tile_q;
+    ptx::mbarrier_arrive_expect(full, kT.stage_bytes() + 4 * kT.tile_q);
+    for (int panel = 0; panel < kT.panels(); ++panel) {
+      ptx::tma_load(target + panel * Memory::kQueryPanel, &map, full, panel * 64, row, head, batch,
+                    keep);
+    }
+    ptx::tma_load_rows(per_row_target, &per_row, full, row,
+                       tile.batch * params.problem.heads_q + head);
+  }
+};
+
+// One thread per consumer: adds the consumer's half of dQ to the sums after every step, and stores
+// its rows of dK and dV after the last.
+//
+// The first key block that visits a query tile stores its dQ, so that nobody need write zeros
+// before; the others wait for its flag and add. If the sums must come out the same on every run,
+// each waits for all before it instead.
+template <int kTile>
+struct BackwardStorer {
+  static constexpr BackwardTile kT = kBackwardTiles[kTile];
+  // The consumers share a step's dQ by rows or by columns.
+  static constexpr bool kByRows = kT.tile_q == 128;
+  using Memory = BackwardMemory<kTile>;
+  using Tile = KeyTile<kT.tile_q>;
+
+  const BackwardMaps& maps;
+  const BackwardParams& params;
+  Memory smem;
+  const Tile* tiles;
+  int consumer;
+
+  __device__ __forceinline__ void run() const {
+    const BackwardProblem& p = params.problem;
+    const int group = p.heads_q / p.heads_kv;
+    const uint32_t full = smem.dquery_full(consumer), empty = smem.dquery_empty(consumer);
+    const uint32_t from = smem.dquery(consumer);
+    // Where the half lies in a tile's sums (dquery_sums.cuh), in floats: a strip of 16 rows for
+    // each warp of the consumer, of which 8 blocks of 8 columns or fewer exist, or all in one
+    // piece.
+    const int first_block = kByRows ? 0 : 8 * consumer;
+    const int blocks = max(0, min(8, p.head_dim / 8 - first_block));
+    const bool whole = kT.transposed() || (kByRows && p.head_dim == kT.head_dim);
+    const int pieces = whole ? 1 : 4;
+    const int bytes = whole ? kT.stage_bytes() : blocks * 512;
+    const int offset = kT.transposed() ? 64 * kT.tile_q * consumer : 128 * first_block;
+    uint32_t parity = 0;
+    Ring<2> ring;
+    ptx::wait_prerequisites();  // before the first look at a flag
+    for (;;) {
+      ptx::mbarrier_wait(smem.tile_full(ring.stage), ring.parity);
+      const Tile& tile = tiles[ring.stage];
+      if (tile.block < 0) break;
+      for (int head = tile.head_kv * group; head < (tile.head_kv + 1) * group; ++head) {
+        const int64_t head_row = (int64_t{tile.batch} * p.heads_q + head) * params.rows_per_head;
+#pragma unroll 1
+        for (int query_tile = tile.end - 1; query_tile >= tile.begin; --query_tile) {
+          const int64_t row = head_row + query_tile * kT.tile_q + (kByRows ? 64 * consumer : 0);
+          int32_t* flag = params.turns + row / 16 + (kByRows ? 0 : consumer);
+          const int before = kT.masked ? tile.visitors_before(p, query_tile) : tile.block;
+          if (before > 0) {  // asked for ahead of the data: mostly true long before
+            const int turn = p.deterministic ? before : 1;
+            while (ptx::load_acquire(flag) < turn) {
+            }
+            ptx::fence_async_global();
+          }
+          ptx::mbarrier_wait(full, parity);
+          parity ^= 1;
+          float* to = params.dquery_sums + row * p.head_dim + offset;
+          for (int piece = 0; bytes > 0 && piece < pieces; ++piece, to += 16 * p.head_dim) {
+            if (before == 0) {
+              ptx::bulk_store(to, from + piece * 4096, bytes);
+            } else {
+              ptx::bulk_add(to, from + piece * 4096, bytes);
+            }
+          }
+          ptx::bulk_commit();
+          ptx::bulk_wait_read<0>();
+          ptx::mbarrier_arrive(empty);
+          if (before == 0 || p.deterministic) {
+            ptx::bulk_wait<0>();
+            ptx::fence_async_global();
+            ptx::add_release(flag, 1);
+          }
+        }
+      }
+      ptx::mbarrier_wait(full, parity);
+      parity ^= 1;
+      const int row = tile.first_key() + 64 * consumer;
+      for (int panel = 0; panel < kT.panels(); ++panel) {
+        ptx::tma_store(&maps.dvalue, smem.ds(panel) + consumer * Memory::kQueryPanel, panel * 64,
+                       row, tile.head_kv, tile.batch);
+        ptx::tma_store(&maps.dkey, from + panel * 64 * Memory::kRow, panel * 64, row, tile.head_kv,
+                       tile.batch);
+      }
+      ptx::bulk_commit();
+      ptx::mbarrier_arrive(smem.tile_empty(ring.stage));
+      ring.next();
+      ptx::bulk_wait_read<0>();
+      ptx::mbarrier_arrive(empty);
+    }
+    ptx::bulk_wait<0>();
+  }
+};
+
+}  // namespace flash2::sm90

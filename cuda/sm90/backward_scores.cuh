@@ -1,0 +1,125 @@
+// What happens in registers between the products of the backward.
+//
+// Scores are transposed: of each 64 keys x 8 queries block j a thread holds
+// s[4 j + 2 r + i] = key 16 warp + 8 r + lane / 4, query 8 j + 2 (lane % 4) + i. Logsumexps and
+// deltas are therefore per column.
+#pragma once
+
+#include <cstdint>
+
+#include "backward_rows.h"
+#include "mask.cuh"
+#include "problem.h"
+#include "ptx/common.cuh"
+#include "ptx/warpgroup.cuh"
+
+namespace flash2::sm90 {
+
+struct Yes {
+  static constexpr bool value = true;
+};
+struct No {
+  static constexpr bool value = false;
+};
+
+// The same value, of which the compiler knows that all lanes have it: loops over it and what is
+// derived from it stay in uniform registers, and no wgmma waits for a move of its descriptor.
+__device__ __forceinline__ int uniform(int value) { return __shfl_sync(~0u, value, 0); }
+
+__device__ __forceinline__ uint4 words_of(float a, float b, float c, float d) {
+  return {__float_as_uint(a), __float_as_uint(b), __float_as_uint(c), __float_as_uint(d)};
+}
+
+// P^T from S^T, both in place; times 2^kProbabilityExponent, which is inside the logsumexps.
+template <int kRegisters>
+__device__ __forceinline__ void to_probabilities(float (&s)[kRegisters], uint32_t lse2,
+                                                 float factor) {
+  const uint32_t from = lse2 + threadIdx.x % 4 * 8;
+#pragma unroll
+  for (int j = 0; j < kRegisters / 4; ++j) {
+    const float2 base = ptx::load_shared_8(from + j * 32);
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      s[4 * j + 2 * r] = ptx::exp2(fmaf(s[4 * j + 2 * r], factor, -base.x));
+      s[4 * j + 2 * r + 1] = ptx::exp2(fmaf(s[4 * j + 2 * r + 1], factor, -base.y));
+    }
+  }
+}
+
+// Zeros where a row does not see a key. Probabilities and not scores: a scale may be negative or
+// 0. `key` is this thread's first, `row0` the first query of the tile.
+template <int kRegisters, class Tile>
+__device__ __forceinline__ void mask_probabilities(float (&s)[kRegisters], const Problem& p,
+                                                   const Tile& tile, int key, int row0) {
+  const int column = row0 + threadIdx.x % 4 * 2;
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const Interval rows = tile.visibility.column(p, key + 8 * r, tile.q_length);
+    const bool exists = key + 8 * r < tile.visibility.kv_length;
+    const int low = exists ? rows.begin - column : kRegisters * 2;
+    const int high = rows.end - column;
+#pragma unroll
+    for (int j = 0; j < kRegisters / 4; ++j)
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        if (8 * j + i < low || 8 * j + i >= high) s[4 * j + 2 * r + i] = 0.0f;
+      }
+  }
+}
+
+// P^T and dS^T = P^T (dP^T - delta), packed as A operands of k16 steps. dS loses the factor that P
+// has; deltas have it already.
+template <DataType kType, int kRegisters>
+__device__ __forceinline__ void to_operands(const float (&s)[kRegisters],
+                                            const float (&dp)[kRegisters], uint32_t delta,
+                                            uint32_t (&probabilities)[kRegisters / 8][4],
+                                            uint32_t (&ds)[kRegisters / 8][4]) {
+  const uint32_t from = delta + threadIdx.x % 4 * 8;
+#pragma unroll
+  for (int j = 0; j < kRegisters / 4; ++j) {
+    const float2 d = ptx::load_shared_8(from + j * 32);
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const int e = 4 * j + 2 * r, word = j % 2 * 2 + r;
+      probabilities[j / 2][word] = ptx::pack<kType>(s[e], s[e + 1]);
+      ds[j / 2][word] = ptx::pack<kType>(s[e] * fmaf(dp[e], kProbabilityUnit, -d.x),
+                                         s[e + 1] * fmaf(dp[e + 1], kProbabilityUnit, -d.y));
+    }
+  }
+}
+
+// Packs 64 keys x 8 kRegisters / 4 queries as A operands of k16 steps.
+template <DataType kType, int kRegisters>
+__device__ __forceinline__ void pack_all(const float (&s)[kRegisters],
+                                         uint32_t (&a)[kRegisters / 8][4]) {
+#pragma unroll
+  for (int i = 0; i < kRegisters / 2; ++i) {
+    a[i / 4][i % 4] = ptx::pack<kType>(s[2 * i], s[2 * i + 1]);
+  }
+}
+
+// Where a lane's row of a transposed 64 keys x 16 queries store goes: rows are queries, and the
+// 64 keys of a panel are their 128 bytes. The next 16 queries lie 2048 bytes on.
+__device__ __forceinline__ uint32_t transposed_row(uint32_t panel, int warp, int lane) {
+  const uint32_t row = lane / 16 * 8 + lane % 8, chunk = 2 * warp + lane / 8 % 2;
+  return panel + row * 128 + (chunk ^ row % 8) * 16;
+}
+
+// 64 rows of a gradient times `factor` into panels of 64 columns, `pitch` bytes apart.
+template <DataType kType, int kD>
+__device__ __forceinline__ void store_rows(const float (&sum)[kD / 2], uint32_t panels, int pitch,
+                                           int warp, int lane, float factor) {
+  const int row = warp * 16 + lane % 8 + lane / 8 % 2 * 8;
+#pragma unroll
+  for (int j = 0; j < kD / 16; ++j) {
+    const int chunk = 2 * j + lane / 16;
+    uint32_t words[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      words[i] = ptx::pack<kType>(sum[8 * j + 2 * i] * factor, sum[8 * j + 2 * i + 1] * factor);
+    }
+    ptx::store_matrix_x4(panels + chunk / 8 * pitch + row * 128 + ((chunk ^ row) % 8) * 16, words);
+  }
+}
+
+}  // namespace flash2::sm90

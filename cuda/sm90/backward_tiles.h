@@ -1,0 +1,56 @@
+// The tiles of the sm90 backward (measured on an H100: NOTES_backward.md).
+//
+// A tile is 128 keys of one head; Q and dO pass by in steps of tile_q rows. Larger steps need
+// fewer barriers, and float32 traffic for dQ falls with the number of keys, so both stop where
+// registers and shared memory do: at head_dim 256 no block can hold the gradients of 128 keys, and
+// two that form a cluster do (backward_pair.cuh).
+#pragma once
+
+#include "problem.h"
+
+namespace flash2::sm90 {
+
+struct BackwardTile {
+  int head_dim;  // the bucket
+  int tile_q;
+  int blocks;  // that share the keys
+  bool masked;
+  bool deterministic;  // a kernel of its own; else the kernel looks at the problem
+
+  FLASH2_HOST_DEVICE constexpr int tile_kv() const { return 128; }
+  FLASH2_HOST_DEVICE constexpr int keys() const { return tile_kv() / blocks; }  // of one block
+  FLASH2_HOST_DEVICE constexpr int threads() const { return 384; }
+  FLASH2_HOST_DEVICE constexpr int panels() const { return head_dim / 64; }
+  FLASH2_HOST_DEVICE constexpr int kv_bytes() const { return 2 * head_dim * keys(); }
+  FLASH2_HOST_DEVICE constexpr int stage_bytes() const { return 2 * head_dim * tile_q; }
+  FLASH2_HOST_DEVICE constexpr int ds_bytes() const { return 2 * tile_q * tile_kv(); }
+  // One: K, V, two stages of Q and of dO, two of dS, the float32 dQ.
+  // Pair: K, V, half of the other block's K, two stages of Q and of dO, dS.
+  FLASH2_HOST_DEVICE constexpr int tiles_bytes() const {
+    return 2 * kv_bytes() + 4 * stage_bytes() +
+           (blocks == 1 ? 2 * ds_bytes() + 2 * stage_bytes() : kv_bytes() / 2 + ds_bytes());
+  }
+  // Logsumexps or deltas of a step; TMA writes to multiples of 128.
+  FLASH2_HOST_DEVICE constexpr int rows_bytes() const { return (4 * tile_q + 127) / 128 * 128; }
+  // Two stages of logsumexps and deltas, two key tiles (KeyTile), barriers.
+  FLASH2_HOST_DEVICE constexpr int smem_bytes() const {
+    return tiles_bytes() + 4 * rows_bytes() + 2 * 64 + 192;
+  }
+  // A step's dQ is computed as its transpose, of which each consumer has 64 rows.
+  FLASH2_HOST_DEVICE constexpr bool transposed() const { return tile_q % 64 != 0; }
+};
+
+inline constexpr BackwardTile kBackwardTiles[] = {
+    {64, 128, 1, false, false},  // 194 KB
+    {64, 128, 1, true, false},   // 194 KB
+    {128, 64, 1, false, false},  // 193 KB
+    // 226 KB. For long walks: a fifth fewer steps, hence barriers.
+    {128, 80, 1, false, false},
+    {128, 64, 1, true, false},   // 193 KB
+    {256, 64, 2, false, false},  // 225 KB, twice
+    {256, 64, 2, true, false},   // 225 KB, twice
+    {256, 64, 2, true, true},    // 225 KB, twice
+};
+inline constexpr int kBackwardTileCount = sizeof(kBackwardTiles) / sizeof(kBackwardTiles[0]);
+
+}  // namespace flash2::sm90

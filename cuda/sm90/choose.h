@@ -1,0 +1,26 @@
+// The sm90 family's part of the plan.
+#pragma once
+
+#include <cstddef>
+
+#include "plan.h"
+#include "problem.h"
+
+namespace flash2::sm90 {
+
+// Whether the family serves this problem, which breaks no rule, on this device.
+bool serves(const Device& device, const ForwardProblem& problem);
+
+// Chooses the tile and what follows from it alone; grid and order of the tiles are the caller's.
+void choose_tile(const ForwardProblem& problem, ForwardPlan* plan);
+
+// Whether the blocks take their tiles from a counter in the workspace.
+bool counts_tiles(const ForwardPlan& plan);
+
+inline constexpr size_t kCounterBytes = 16;
+
+// Heads that are walked together: no more than run at once at short lengths, or each would read
+// its K and V from memory alone, and the sections' first tiles would wait for it.
+inline constexpr int32_t kMostSectionHeads = 8;
+
+}  // namespace flash2::sm90

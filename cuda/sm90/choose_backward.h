@@ -1,0 +1,18 @@
+// The sm90 family's part of the backward's plan.
+#pragma once
+
+#include "plan.h"
+#include "problem.h"
+
+namespace flash2::sm90 {
+
+// Whether the family serves this problem, which breaks no rule, on this device.
+bool serves(const Device& device, const BackwardProblem& problem);
+
+// Chooses the tile and what follows from it alone; grid and order of the tiles are the caller's.
+void choose_tile(const BackwardProblem& problem, BackwardPlan* plan);
+
+// Blocks of the main kernel for this many key tiles.
+int64_t grid(const Device& device, const BackwardPlan& plan, int64_t tiles);
+
+}  // namespace flash2::sm90

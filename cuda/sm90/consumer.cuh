@@ -1,0 +1,360 @@
+// A consumer of a forward block: a warpgroup that computes 64 query rows.
+#pragma once
+
+#include <cstdint>
+
+#include "mask.cuh"
+#include "ptx/common.cuh"
+#include "ptx/mbarrier.cuh"
+#include "ptx/tma.cuh"
+#include "ptx/warpgroup.cuh"
+#include "ptx/wgmma.cuh"
+#include "sm80/scores.cuh"
+#include "sm90/kernels.h"
+#include "sm90/output.cuh"
+#include "sm90/shared_memory.cuh"
+#include "sm90/work.cuh"
+#include "softmax.cuh"
+
+namespace flash2::sm90 {
+
+// Scores of a thread: s[4 j + 2 r + i] = row 8 r + lane / 4 of the warp's 16, column
+// 8 j + 2 (lane % 4) + i. O likewise.
+template <int kTile, DataType kType>
+struct Consumer {
+  static constexpr ForwardTile kT = kForwardTiles[kTile];
+  static constexpr int kD = kT.head_dim, kTileKv = kT.tile_kv;
+  static constexpr uint32_t kPanelQ = 64 * 128, kPanelKv = kTileKv * 128;
+  using Named = NamedBarriers<kTile>;
+  using Scores = float[kTileKv / 2];
+
+  const ForwardParams& params;
+  const ForwardSchedule& schedule;
+  SharedMemory<kTile> smem;
+  int consumer;
+  int warp;  // of the consumer
+  int lane;
+  Ring<kT.stages()> k_ring, v_ring;
+  Ring<2> tile_ring;
+  Ring<kT.q_stages> q_ring;
+
+  // Of the present tile.
+  OnlineSoftmax<2> softmax;
+  float factor;
+  float decay[2];        // what O has yet to be multiplied by
+  bool decayed;          // whether some row of the warp has to
+  bool pending = false;  // the tile before has yet to be stored
+  Output<kType> output;
+  float norm[2];
+  int row_begin[2], row_end[2];  // keys that the thread's rows see
+  int warp_begin, warp_end;      // keys that all rows of the warp see
+
+  __device__ __forceinline__ void run() {
+    const ForwardProblem& p = params.problem;
+    if (kT.ping_pong && consumer == 0) ptx::barrier_arrive(Named::turn(0), 256);
+    Scores s;
+    float o[kD / 2];
+    uint32_t probabilities[kTileKv / 16][4];
+#pragma unroll
+    for (int i = 0; i < kD / 2; ++i) o[i] = 0.0f;
+    Work work = take_tile();
+    wait_for_first(work);
+    ptx::wgmma_fence();
+    multiply_qk(s);
+    start_tile(work);
+    ptx::wgmma_wait<0>();
+    ptx::pin(s);
+    first_step(work, s);
+    for (;;) {
+      pack(probabilities, s);
+      if constexpr (kT.masked) clear_values_past_length(work);
+
+      // Scores of this step's block, output of the block before.
+      const auto step = [&](int n, auto adjust) {
+        ptx::mbarrier_wait(smem.k_full(k_ring.stage), k_ring.parity);
+        multiply(s, o, probabilities);
+        ptx::wgmma_wait<1>();
+        ptx::pin(s);
+        if (n + 1 == work.steps) release_q();
+        adjust(s);
+        exponentiate(s, [&](float sum) { release_k(sum); });
+        ptx::wgmma_wait<0>();
+        ptx::pin(o);
+        ptx::pin(s);
+        release_v();
+        pack(probabilities, s);
+        if (!kT.rescale_early) rescale(o);
+      };
+      int n = 1;
+      if constexpr (kT.masked) {
+#pragma unroll 1
+        for (; n < work.masked; ++n) {
+          const int first_key = work.first_key<kTileKv>(n);
+          step(n, [&](Scores& scores) { mask(scores, first_key); });
+        }
+      }
+#pragma unroll 1
+      for (; n < work.steps; ++n) step(n, [](Scores&) {});
+
+      // The last output beside the first scores of the next tile. After the last tile these are
+      // computed of what is left in shared memory, and nobody reads them.
+      const Work next = take_tile();
+      q_ring.next();
+      wait_for_first(next);
+      multiply(s, o, probabilities);
+      output = Output<kType>(p, work.batch, work.head, first_row(work));
+      finish(work);
+      start_tile(next);
+      ptx::wgmma_wait<1>();
+      ptx::pin(s);
+      if (next.exists) first_step(next, s);
+      ptx::wgmma_wait<0>();
+      ptx::pin(o);
+      ptx::pin(s);
+      release_v();
+      pending = true;
+      if (!kT.store_late) store(o);
+      if (!next.exists) break;
+      work = next;
+    }
+    store(o);
+  }
+
+ private:
+  // --- Barriers
+
+  __device__ __forceinline__ Work take_tile() {
+    ptx::mbarrier_wait(smem.tile_full(tile_ring.stage), tile_ring.parity);
+    const Work work = Work::load(smem.tile(tile_ring.stage));
+    ptx::mbarrier_arrive(smem.tile_empty(tile_ring.stage));
+    tile_ring.next();
+    return work;
+  }
+
+  // Q and the first K of the tile, if there is one.
+  __device__ __forceinline__ void wait_for_first(const Work& work) {
+    if (!work.exists) return;
+    ptx::mbarrier_wait(smem.q_full(q_ring.stage, consumer), q_ring.parity);
+    if (work.scale < 0.0f) flip_q();
+    ptx::mbarrier_wait(smem.k_full(k_ring.stage), k_ring.parity);
+  }
+
+  __device__ __forceinline__ void take_turn() {
+    if (kT.ping_pong) ptx::barrier_sync(Named::turn(consumer), 256);
+  }
+  __device__ __forceinline__ void pass_turn() {
+    const int next = consumer + 1 == kT.consumers ? 0 : consumer + 1;
+    if (kT.ping_pong) ptx::barrier_arrive(Named::turn(next), 256);
+  }
+
+  __device__ __forceinline__ void release_q() {
+    if (lane == 0) ptx::mbarrier_arrive(smem.q_empty(q_ring.stage, consumer));
+  }
+  // `sum` is of the exponentials that must come before. The address depends on it, but only in
+  // name: the assembler, which lifts the wait for P V over arithmetic, cannot lift it over this.
+  __device__ __forceinline__ void release_k(float sum) {
+    const uint32_t nothing = kT.split > 0 ? __float_as_uint(sum) & schedule.zero : 0;
+    if (lane == 0) ptx::mbarrier_arrive(smem.k_empty(k_ring.stage) + nothing);
+    k_ring.next();
+  }
+  __device__ __forceinline__ void release_v() {
+    if (lane == 0) ptx::mbarrier_arrive(smem.v_empty(v_ring.stage));
+    v_ring.next();
+  }
+
+  // --- Products
+
+  // S = Q K^T of the block to come, O += P V of the block before.
+  __device__ __forceinline__ void multiply(Scores& s, float (&o)[kD / 2],
+                                           const uint32_t (&probabilities)[kTileKv / 16][4]) {
+    take_turn();
+    ptx::wgmma_fence();
+    multiply_qk(s);
+    if (kT.store_late) store(o);
+    if (kT.rescale_early) rescale(o);
+    ptx::mbarrier_wait(smem.v_full(v_ring.stage), v_ring.parity);
+    ptx::wgmma_fence();
+    multiply_pv(o, probabilities);
+    pass_turn();
+  }
+
+  __device__ __forceinline__ void multiply_qk(Scores& s) {
+    // Changes with every step as far as the compiler knows: else it would compute the descriptors
+    // of all products of Q before the loop and, short of uniform registers, fetch each from a
+    // vector.
+    const uint32_t nothing = k_ring.parity & schedule.zero;
+    const uint64_t q = ptx::wgmma_descriptor(smem.q(q_ring.stage, consumer) + nothing);
+    const uint64_t k = ptx::wgmma_descriptor(smem.k(k_ring.stage));
+#pragma unroll
+    for (int i = 0; i < kD / 16; ++i) {
+      ptx::wgmma<kType, false, false>(s, ptx::wgmma_advance(q, i / 4 * kPanelQ + i % 4 * 32),
+                                      ptx::wgmma_advance(k, i / 4 * kPanelKv + i % 4 * 32),
+                                      i != 0);
+    }
+    ptx::wgmma_commit();
+  }
+
+  __device__ __forceinline__ void multiply_pv(float (&o)[kD / 2],
+                                              const uint32_t (&probabilities)[kTileKv / 16][4]) {
+    const uint64_t v = ptx::wgmma_descriptor(smem.v(v_ring.stage), kPanelKv);
+#pragma unroll
+    for (int i = 0; i < kTileKv / 16; ++i) {
+      ptx::wgmma<kType, true>(o, probabilities[i], ptx::wgmma_advance(v, i * 16 * 128), true);
+    }
+    ptx::wgmma_commit();
+  }
+
+  // --- Softmax
+
+  // The first of the thread's rows.
+  __device__ __forceinline__ int first_row(const Work& work) const {
+    return work.row0 + 64 * consumer + 16 * warp + lane / 4;
+  }
+
+  __device__ __forceinline__ void start_tile(const Work& work) {
+    softmax = OnlineSoftmax<2>();
+    factor = score_factor(work.scale);
+    if constexpr (kT.masked) {
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const Interval keys = work.visibility.row(params.problem, first_row(work) + 8 * r);
+        row_begin[r] = keys.begin;
+        row_end[r] = keys.end;
+      }
+      warp_begin = __shfl_sync(~0u, row_begin[1], 31);  // both ends rise with the row
+      warp_end = __shfl_sync(~0u, row_end[0], 0);
+    } else {
+      row_end[0] = row_end[1] = warp_end = params.problem.seq_kv;
+    }
+  }
+
+  __device__ __forceinline__ void store(float (&o)[kD / 2]) {
+    if (!pending) return;
+    output.store(params.problem, o, norm);
+#pragma unroll
+    for (int i = 0; i < kD / 2; ++i) o[i] = 0.0f;
+    pending = false;
+  }
+
+  __device__ __forceinline__ void finish(const Work& work) {
+    const ForwardProblem& p = params.problem;
+    const bool has_sink = p.sinks.data != nullptr;
+    const float sink = has_sink ? p.sinks.at(work.batch, work.head) : 0.0f;
+    float lse[2];
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const bool visible = first_row(work) + 8 * r < work.q_length;
+      norm[r] = softmax.finish(r, visible, factor, has_sink, sink, &lse[r]);
+    }
+    output.store_lse(p, lse);
+  }
+
+  // A tile's first scores become exponentials.
+  __device__ __forceinline__ void first_step(const Work& work, Scores& s) {
+    if (work.steps == 1) release_q();
+    if (work.masked > 0) mask(s, work.first_key<kTileKv>(0));
+    exponentiate(s, [&](float sum) { release_k(sum); });
+  }
+
+  __device__ __forceinline__ void mask(Scores& s, int first_key) {
+    auto& blocks = reinterpret_cast<float (&)[1][kTileKv / 8][4]>(s);
+    if (first_key + kTileKv > warp_end) {
+      sm80::mask_columns<1, kTileKv, true>(blocks,
+                                           [&](int r) { return row_end[r / 8] - first_key; });
+    }
+    if constexpr (kT.masked) {
+      if (first_key < warp_begin) {
+        sm80::mask_columns<1, kTileKv, false>(blocks,
+                                              [&](int r) { return row_begin[r / 8] - first_key; });
+      }
+    }
+  }
+
+  // Scores become exponentials. `between` is called with a sum that depends on the first
+  // split / 8 of the columns.
+  template <class Between>
+  __device__ __forceinline__ void exponentiate(Scores& s, Between between) {
+    float largest[2], base[2];
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      float a = s[2 * r], b = s[2 * r + 1];
+#pragma unroll
+      for (int j = 1; j < kTileKv / 8; ++j) {
+        a = fmaxf(a, s[4 * j + 2 * r]);
+        b = fmaxf(b, s[4 * j + 2 * r + 1]);
+      }
+      largest[r] = fmaxf(a, b);
+    }
+    decayed = false;
+    softmax.raise(largest, factor, [&](int r, float d) {
+      decay[r] = d;
+      decayed = true;
+    });
+    float sum[2] = {0.0f, 0.0f};
+#pragma unroll
+    for (int r = 0; r < 2; ++r) base[r] = softmax.base(r, factor);
+#pragma unroll
+    for (int j = 0; j < kTileKv / 8; ++j) {
+      if (j == kTileKv / 8 * kT.split / 8) between(sum[0] + sum[1]);
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        float* pair = &s[4 * j + 2 * r];
+        pair[0] = ptx::exp2(fmaf(pair[0], factor, -base[r]));
+        pair[1] = ptx::exp2(fmaf(pair[1], factor, -base[r]));
+        softmax.sum[r] += pair[0];
+        sum[r] += pair[1];
+      }
+    }
+#pragma unroll
+    for (int r = 0; r < 2; ++r) softmax.sum[r] += sum[r];
+  }
+
+  __device__ __forceinline__ static void pack(uint32_t (&probabilities)[kTileKv / 16][4],
+                                              const Scores& s) {
+#pragma unroll
+    for (int i = 0; i < kTileKv / 4; ++i) {
+      probabilities[i / 4][i % 4] = ptx::pack<kType>(s[2 * i], s[2 * i + 1]);
+    }
+  }
+
+  __device__ __forceinline__ void rescale(float (&o)[kD / 2]) {
+    if (!decayed) return;
+#pragma unroll
+    for (int j = 0; j < kD / 8; ++j)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) o[4 * j + i] *= decay[i / 2];
+    ptx::pin(o);
+  }
+
+  // --- Corrections in shared memory, which few calls need
+
+  // The softmax wants a positive factor: under a negative scale the consumer flips its Q's sign.
+  __device__ __forceinline__ void flip_q() {
+    const uint32_t rows = smem.q(q_ring.stage, consumer);
+    for (int i = 32 * warp + lane; i < kT.q_bytes() / 4; i += 128) {
+      ptx::store_shared(rows + 4 * i, ptx::load_shared(rows + 4 * i) ^ 0x80008000u);
+    }
+    ptx::fence_async_shared();
+    ptx::barrier_sync(Named::consumer(consumer), 128);
+  }
+
+  // Keys past kv_length are masked, but their V is multiplied by 0, and it may hold NaN. Only the
+  // first block of a tile can hold such keys; past the array TMA itself gives zeros.
+  __device__ __forceinline__ void clear_values_past_length(const Work& work) {
+    const int length = work.visibility.kv_length;
+    const int first = length - work.first_key<kTileKv>(0);
+    if (length == params.problem.seq_kv || first <= 0 || first >= kTileKv) return;
+    ptx::mbarrier_wait(smem.v_full(v_ring.stage), v_ring.parity);
+    for (int i = 8 * first + 128 * consumer + 32 * warp + lane; i < 8 * kTileKv;
+         i += 128 * kT.consumers) {
+#pragma unroll
+      for (int panel = 0; panel < kD / 64; ++panel) {
+        ptx::store_shared_16(smem.v(v_ring.stage) + panel * kPanelKv + 16 * i, uint4{0, 0, 0, 0});
+      }
+    }
+    ptx::fence_async_shared();
+    ptx::barrier_sync(Named::kAllConsumers, SharedMemory<kTile>::kConsumerThreads);
+  }
+};
+
+}  // namespace flash2::sm90

@@ -1,0 +1,36 @@
+// The kernels of the sm90 family by name, and what they receive. Each head_dim and dtype is
+// instantiated in a translation unit of its own, generated from instance.cu.in.
+#pragma once
+
+#include <cuda.h>  // CUtensorMap; nothing of the driver is linked
+
+#include <cstdint>
+
+#include "params.h"
+#include "problem.h"
+
+namespace flash2 {
+class TileCounter;
+}
+
+namespace flash2::sm90 {
+
+struct ForwardMaps {
+  CUtensorMap query;  // boxes of 64 rows
+  CUtensorMap key;    // boxes of tile_kv rows
+  CUtensorMap value;
+};
+
+struct ForwardSchedule {
+  uint32_t tiles;
+  uint32_t zero;      // 0; the compiler does not know
+  TileCounter* next;  // null: a block's tiles follow each other by the grid's size
+  uint64_t key;       // of this launch: counter.cuh
+};
+
+// The kernel for an index into kForwardTiles of this head_dim, or null. It takes a ForwardMaps, a
+// ForwardParams and a ForwardSchedule.
+template <int kHeadDim, DataType kType>
+const void* forward_kernel(int tile, bool general);
+
+}  // namespace flash2::sm90

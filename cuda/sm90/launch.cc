@@ -1,0 +1,79 @@
+#include "launch.h"
+
+#include <cuda_runtime_api.h>
+
+#include <atomic>
+#include <chrono>
+#include <cstdint>
+
+#include "params.h"
+#include "plan.h"
+#include "problem.h"
+#include "sm90/choose.h"
+#include "sm90/kernels.h"
+#include "sm90/tiles.h"
+#include "tensor_map.h"
+
+namespace flash2::sm90 {
+namespace {
+
+template <DataType kType>
+const void* find_kernel(const ForwardPlan& plan) {
+  switch (plan.head_dim) {
+    case 64:
+      return forward_kernel<64, kType>(plan.variant, plan.general);
+    case 128:
+      return forward_kernel<128, kType>(plan.variant, plan.general);
+    case 256:
+      return forward_kernel<256, kType>(plan.variant, plan.general);
+  }
+  return nullptr;
+}
+
+// A number that no other launch has, in this process or another, but by a chance of 2^-64:
+// splitmix64 of a count that starts with the time.
+uint64_t launch_key() {
+  static std::atomic<uint64_t> count{
+      static_cast<uint64_t>(std::chrono::system_clock::now().time_since_epoch().count())};
+  uint64_t x = count.fetch_add(0x9e3779b97f4a7c15u, std::memory_order_relaxed);
+  x = (x ^ x >> 30) * 0xbf58476d1ce4e5b9u;
+  x = (x ^ x >> 27) * 0x94d049bb133111ebu;
+  return x ^ x >> 31;
+}
+
+int encode_maps(const ForwardProblem& p, const ForwardTile& tile, ForwardMaps* maps) {
+  const Array query{p.query, p.query_stride, p.batch, p.seq_q, p.heads_q, p.head_dim};
+  const Array key{p.key, p.key_stride, p.batch, p.seq_kv, p.heads_kv, p.head_dim};
+  const Array value{p.value, p.value_stride, p.batch, p.seq_kv, p.heads_kv, p.head_dim_v};
+  if (int error = encode_tensor_map(query, p.data_type, 64, &maps->query)) return error;
+  if (int error = encode_tensor_map(key, p.data_type, tile.tile_kv, &maps->key)) return error;
+  return encode_tensor_map(value, p.data_type, tile.tile_kv, &maps->value);
+}
+
+}  // namespace
+
+int launch_forward(const ForwardProblem& problem, const ForwardPlan& plan, void* workspace,
+                   CUstream_st* stream) {
+  const bool bfloat16 = problem.data_type == DataType::kBFloat16;
+  const void* kernel =
+      bfloat16 ? find_kernel<DataType::kBFloat16>(plan) : find_kernel<DataType::kFloat16>(plan);
+  if (kernel == nullptr) return cudaErrorInvalidDeviceFunction;
+  static SmemAllowance allowance;
+  static_assert(2 * kForwardTileCount <= 64);
+  const int bit = 2 * plan.variant + bfloat16;
+  if (int error = allowance.ask(kernel, bit, plan.smem_bytes)) return error;
+
+  ForwardMaps maps;
+  if (int error = encode_maps(problem, kForwardTiles[plan.variant], &maps)) return error;
+  ForwardParams params = make_params(problem, plan);
+  const bool counts = counts_tiles(plan);
+  if (counts && workspace == nullptr) return cudaErrorInvalidValue;
+  ForwardSchedule schedule{params.heads * params.tiles_q, 0,
+                           counts ? static_cast<TileCounter*>(workspace) : nullptr,
+                           counts ? launch_key() : 0};
+  void* arguments[] = {&maps, &params, &schedule};
+  return cudaLaunchKernel(kernel, dim3(plan.grid), dim3(plan.block), arguments, plan.smem_bytes,
+                          stream);
+}
+
+}  // namespace flash2::sm90

@@ -1,0 +1,118 @@
+// The producer of a forward block: one warp that starts all copies.
+#pragma once
+
+#include <cstdint>
+
+#include "ptx/mbarrier.cuh"
+#include "ptx/tma.cuh"
+#include "sm90/kernels.h"
+#include "sm90/shared_memory.cuh"
+#include "sm90/work.cuh"
+
+namespace flash2::sm90 {
+
+// In the order in which the consumers need things: K runs one block ahead of V, also from one tile
+// to the next, so the next tile's Q and first K come before this one's last V is used.
+template <int kTile>
+struct Producer {
+  static constexpr ForwardTile kT = kForwardTiles[kTile];
+  static constexpr int kPanels = kT.head_dim / 64;
+
+  const ForwardMaps& maps;
+  const ForwardParams& params;
+  SharedMemory<kTile> smem;
+  bool leader;
+  uint64_t keep, pass;  // policies of the L2 cache: K and V are read again, Q is not
+  Ring<kT.stages()> k_ring, v_ring;
+  Ring<2> tile_ring;
+  Ring<kT.q_stages> q_ring;
+
+  __device__ __forceinline__ void run() {
+    keep = ptx::policy_evict_last();
+    pass = ptx::policy_evict_first();
+    Work work = take_tile();
+    load_k(work, 0);
+    load_q(work);
+    for (;;) {
+      if (work.steps <= kLead) want_next();
+#pragma unroll 1
+      for (int step = 1; step < work.steps; ++step) {
+        if (step == work.steps - kLead) want_next();
+        load_k(work, step);
+        load_v(work, step - 1);
+      }
+      const Work next = take_tile();
+      if (!next.exists) break;
+      if (kT.q_stages == 2) load_q(next);
+      load_k(next, 0);
+      load_v(work, work.steps - 1);
+      if (kT.q_stages == 1) load_q(next);  // waits until the consumers are done with this tile's
+      work = next;
+    }
+    load_v(work, work.steps - 1);
+  }
+
+ private:
+  // The next tile is asked for so many steps before the end of this one: later, and the consumers
+  // would wait for it; earlier, and it would be bound to this block however long the present one
+  // takes, which undoes the order by length.
+  static constexpr int kLead = 3;
+
+  __device__ __forceinline__ void want_next() {
+    if (leader) ptx::mbarrier_arrive(smem.tile_wanted());
+  }
+
+  __device__ __forceinline__ Work take_tile() {
+    ptx::mbarrier_wait(smem.tile_full(tile_ring.stage), tile_ring.parity);
+    const Work work = Work::load(smem.tile(tile_ring.stage));
+    ptx::mbarrier_arrive(smem.tile_empty(tile_ring.stage));
+    tile_ring.next();
+    return work;
+  }
+
+  __device__ __forceinline__ void load_q(const Work& work) {
+    const int batch = params.problem.query_stride.batch == 0 ? 0 : work.batch;
+    for (int c = 0; c < kT.consumers; ++c) {
+      const uint32_t full = smem.q_full(q_ring.stage, c);
+      ptx::mbarrier_wait(smem.q_empty(q_ring.stage, c), q_ring.parity ^ 1);
+      if (leader) {
+        ptx::mbarrier_arrive_expect(full, kT.q_bytes());
+        for (int panel = 0; panel < kPanels; ++panel) {
+          ptx::tma_load(smem.q(q_ring.stage, c) + panel * 64 * 128, &maps.query, full, panel * 64,
+                        work.row0 + 64 * c, work.head, batch, pass);
+        }
+      }
+    }
+    q_ring.next();
+  }
+
+  __device__ __forceinline__ void load_k(const Work& work, int step) {
+    load_kv(maps.key, smem.k(k_ring.stage), smem.k_full(k_ring.stage), smem.k_empty(k_ring.stage),
+            k_ring.parity, work, step, params.problem.key_stride.batch);
+    k_ring.next();
+  }
+
+  __device__ __forceinline__ void load_v(const Work& work, int step) {
+    load_kv(maps.value, smem.v(v_ring.stage), smem.v_full(v_ring.stage),
+            smem.v_empty(v_ring.stage), v_ring.parity, work, step,
+            params.problem.value_stride.batch);
+    v_ring.next();
+  }
+
+  __device__ __forceinline__ void load_kv(const CUtensorMap& map, uint32_t target, uint32_t full,
+                                          uint32_t empty, uint32_t parity, const Work& work,
+                                          int step, int64_t batch_stride) {
+    const int batch = batch_stride == 0 ? 0 : work.batch;
+    ptx::mbarrier_wait(empty, parity ^ 1);
+    if (leader) {
+      ptx::mbarrier_arrive_expect(full, kT.kv_bytes());
+#pragma unroll
+      for (int panel = 0; panel < kPanels; ++panel) {
+        ptx::tma_load(target + panel * kT.tile_kv * 128, &map, full, panel * 64,
+                      work.first_key<kT.tile_kv>(step), work.head_kv, batch, keep);
+      }
+    }
+  }
+};
+
+}  // namespace flash2::sm90

@@ -1,0 +1,62 @@
+// The tiles of the sm90 family, and why each stops where it does (measured on an H100: NOTES.md).
+//
+//  * A consumer owns 64 rows. Two of them have 232 registers a thread beside a producer's 40,
+//  three
+//    have 160 and 32.
+//  * O takes head_dim / 2 registers, S tile_kv / 2, P half of that: what is left bounds tile_kv.
+//  * Two stages of K and of V. At head_dim 64 four, and at 128 three with one of Q, gained
+//  nothing.
+//
+#pragma once
+
+#include "problem.h"
+
+namespace flash2::sm90 {
+
+struct ForwardTile {
+  int head_dim;   // the bucket
+  bool masked;    // with code for masks; else only the last block of keys may be ragged
+  int consumers;  // warpgroups of 64 query rows
+  int tile_kv;
+  int q_stages;        // 2: the next tile's Q is loaded while this one's is in use
+  bool ping_pong;      // the consumers take turns on the tensor cores
+  bool rescale_early;  // O is rescaled while Q K^T runs, not after P V
+  bool store_late;     // O is stored while the next tile's second Q K^T runs, not before it
+  int split;           // eighths of a step's exponentials that must not wait for P V
+
+  FLASH2_HOST_DEVICE constexpr int stages() const { return 2; }  // of K and of V
+  FLASH2_HOST_DEVICE constexpr int tile_q() const { return 64 * consumers; }
+  FLASH2_HOST_DEVICE constexpr int threads() const { return 128 * (consumers + 1); }
+  // Of 65536 registers; the producer's warpgroup gives what it does not need.
+  FLASH2_HOST_DEVICE constexpr int producer_registers() const { return consumers == 2 ? 40 : 32; }
+  FLASH2_HOST_DEVICE constexpr int consumer_registers() const {
+    return consumers == 2 ? 232 : 160;
+  }
+  FLASH2_HOST_DEVICE constexpr int q_bytes() const { return 64 * head_dim * 2; }  // one consumer's
+  FLASH2_HOST_DEVICE constexpr int kv_bytes() const { return tile_kv * head_dim * 2; }
+  FLASH2_HOST_DEVICE constexpr int state_bytes() const { return 512; }
+  FLASH2_HOST_DEVICE constexpr int smem_bytes() const {
+    return q_stages * consumers * q_bytes() + 2 * stages() * kv_bytes() + state_bytes();
+  }
+};
+
+inline constexpr ForwardTile kForwardTiles[] = {
+    // 113 KB. Here exponentials cost as much as products, and a third consumer fills the gaps of
+    // the other two: two are 15 to 25 % slower. Only here it helps to take turns.
+    {64, false, 3, 128, 2, true, false, false, 0},
+    // 97 KB, for lengths up to kShort: no row of the last tile is wasted, and the diagonal wastes
+    // less. From 2048 on three consumers lead.
+    {64, true, 2, 128, 2, true, false, false, 0},
+    {64, true, 3, 128, 2, true, false, false, 0},
+    // 193 KB. 128 x 176 has room for one stage of Q only and was 0 to 4 % slower.
+    {128, false, 2, 128, 2, false, false, true, 3},
+    {128, true, 2, 128, 2, false, false, false, 3},
+    // 225 KB of the 227 there are.
+    {256, false, 2, 80, 1, false, true, true, 0},
+    {256, true, 2, 80, 1, false, true, false, 0},
+};
+// Query lengths up to it prefer the first masked tile of a bucket, longer ones the last.
+inline constexpr int kShort = 1024;
+inline constexpr int kForwardTileCount = sizeof(kForwardTiles) / sizeof(kForwardTiles[0]);
+
+}  // namespace flash2::sm90

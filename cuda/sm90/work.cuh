@@ -1,0 +1,108 @@
+// What a forward block knows of a tile: found by the scheduler, read by all others from shared
+// memory, since to find it takes a hundred dependent instructions and loads of the operands.
+#pragma once
+
+#include <cstdint>
+
+#include "mask.cuh"
+#include "params.h"
+#include "ptx/common.cuh"
+#include "scheduler.cuh"
+#include "sm90/tiles.h"
+
+namespace flash2::sm90 {
+
+struct Work {
+  static constexpr int kBytes = 64;
+
+  int exists;  // 0: there are no more tiles
+  int batch;
+  int head;
+  int head_kv;
+  int row0;
+  int q_length;  // rows at or past it see nothing
+  float scale;
+  int steps;   // blocks of keys; at least one, so that all tiles look alike to the pipeline
+  int masked;  // steps before those whose blocks every row sees whole
+  int upper;   // as in BlockRange
+  int top;
+  int whole_bottom;
+  int whole_top;
+  Visibility visibility;
+
+  template <int kTile>
+  static __device__ __forceinline__ Work find(const ForwardParams& params, uint32_t tile,
+                                              uint32_t tiles) {
+    constexpr ForwardTile kT = kForwardTiles[kTile];
+    const ForwardProblem& p = params.problem;
+    Work work{};
+    if (tile >= tiles) return work;
+    const ForwardWork<kT.tile_q(), kT.tile_kv> found(params, tile);
+    work.exists = 1;
+    work.batch = found.batch;
+    work.head = found.head;
+    work.head_kv = params.group.divide(found.head);
+    work.row0 = found.row0;
+    work.q_length = found.q_length;
+    work.scale = p.scale;
+    if (p.scale_operand.data) work.scale *= p.scale_operand.at(found.batch);
+    work.visibility = found.visibility;
+    work.steps = found.range.total;
+    work.masked = found.range.masked();
+    work.upper = found.range.upper;
+    work.top = found.range.top;
+    work.whole_bottom = found.range.whole_bottom;
+    work.whole_top = found.range.whole_top;
+    if (work.steps == 0) {  // a block past the array: zeros, which no row sees
+      work.steps = work.masked = work.upper = 1;
+      work.top = p.seq_kv / kT.tile_kv + 2;
+    }
+    return work;
+  }
+
+  template <int kTileKv>
+  __device__ __forceinline__ int first_key(int step) const {
+    int block = whole_top - 1 - (step - masked);
+    if (step < masked) block = whole_bottom - 1 - (step - upper);
+    if (step < upper) block = top - 1 - step;
+    return block * kTileKv;
+  }
+
+  __device__ __forceinline__ void store(uint32_t address) const {
+    const auto put = [&](int i, int a, int b, int c, int d) {
+      const auto word = [](int x) { return static_cast<uint32_t>(x); };
+      ptx::store_shared_16(address + 16 * i, uint4{word(a), word(b), word(c), word(d)});
+    };
+    put(0, exists, batch, head, head_kv);
+    put(1, row0, q_length, __float_as_int(scale), steps);
+    put(2, masked, upper, top, whole_bottom);
+    put(3, whole_top, visibility.offset, visibility.prefix, visibility.kv_length);
+  }
+
+  static __device__ __forceinline__ Work load(uint32_t address) {
+    const uint4 a = ptx::load_shared_16(address), b = ptx::load_shared_16(address + 16),
+                c = ptx::load_shared_16(address + 32), d = ptx::load_shared_16(address + 48);
+    // What rules loops and branches, uniform for the compiler too.
+    const auto same = [](uint32_t x) { return static_cast<int>(__shfl_sync(~0u, x, 0)); };
+    Work work;
+    work.exists = same(a.x);
+    work.batch = a.y;
+    work.head = a.z;
+    work.head_kv = a.w;
+    work.row0 = b.x;
+    work.q_length = b.y;
+    work.scale = __uint_as_float(b.z);
+    work.steps = same(b.w);
+    work.masked = same(c.x);
+    work.upper = same(c.y);
+    work.top = same(c.z);
+    work.whole_bottom = same(c.w);
+    work.whole_top = same(d.x);
+    work.visibility.offset = d.y;
+    work.visibility.prefix = d.z;
+    work.visibility.kv_length = d.w;
+    return work;
+  }
+};
+
+}  // namespace flash2::sm90

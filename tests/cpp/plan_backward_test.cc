@@ -1,0 +1,196 @@
+// What the backward's plan promises, for every GPU it may meet and without one.
+#include <algorithm>
+#include <cstdint>
+#include <string>
+
+#include "check.h"
+#include "plan.h"
+
+using namespace flash2;
+
+namespace {
+
+constexpr Device kDevices[] = {{80, 108, 166912, 167936},
+                               {86, 72, 101376, 102400},
+                               {89, 58, 101376, 102400},
+                               {90, 132, 232448, 233472},
+                               {120, 170, 101376, 102400}};
+constexpr Device kH100 = kDevices[3];
+
+void* address(std::uintptr_t bytes) { return reinterpret_cast<void*>(bytes); }
+
+BackwardProblem problem(int32_t head_dim = 128, int32_t seq_q = 512, int32_t seq_kv = 512,
+                        int32_t batch = 2, int32_t heads_q = 16, int32_t heads_kv = 16) {
+  BackwardProblem p;
+  p.query = p.key = p.value = p.out = p.dout = address(1 << 20);
+  p.dquery = p.dkey = p.dvalue = address(2 << 20);
+  p.lse = static_cast<const float*>(address(3 << 20));
+  p.batch = batch;
+  p.heads_q = heads_q;
+  p.heads_kv = heads_kv;
+  p.seq_q = seq_q;
+  p.seq_kv = seq_kv;
+  p.head_dim = p.head_dim_v = head_dim;
+  const auto strides = [&](int64_t length, int64_t heads) {
+    return Strides{length * heads * head_dim, heads * head_dim, head_dim};
+  };
+  p.query_stride = p.out_stride = p.dout_stride = p.dquery_stride = strides(seq_q, heads_q);
+  p.key_stride = p.value_stride = p.dkey_stride = p.dvalue_stride = strides(seq_kv, heads_kv);
+  return p;
+}
+
+std::string show(const Device& d, const BackwardProblem& p) {
+  return "cc " + std::to_string(d.compute_capability) + ", head_dim " +
+         std::to_string(p.head_dim) + ", lengths " + std::to_string(p.seq_q) + "/" +
+         std::to_string(p.seq_kv);
+}
+
+void check_sound(const Device& d, const BackwardProblem& p) {
+  const BackwardPlan plan = plan_backward(d, p);
+  const std::string text = show(d, p) + ": " + describe(plan.status);
+  CHECK(plan.status == PlanStatus::kOk, text);
+  if (plan.status != PlanStatus::kOk) return;
+  CHECK(plan.head_dim >= p.head_dim && plan.head_dim >= p.head_dim_v, text);
+  CHECK(plan.smem_bytes <= static_cast<uint32_t>(d.smem_per_block),
+        text << ", " << plan.smem_bytes << " bytes of shared memory");
+  CHECK(static_cast<int64_t>(plan.tiles_kv) * plan.tile_kv >= p.seq_kv, text);
+  CHECK(static_cast<int64_t>(plan.tiles_kv - 1) * plan.tile_kv < p.seq_kv, text);
+  const uint32_t tiles = static_cast<uint32_t>(plan.tiles_kv) * p.batch * p.heads_kv;
+  CHECK(plan.family == 90 || plan.grid == tiles, text);
+  const BackwardWorkspace& w = plan.workspace;
+  CHECK(plan.rows_grid * kRowPadding == w.rows_per_head * p.batch * p.heads_q, text);
+  CHECK(w.rows_per_head % plan.tile_q == 0, text << ", tiles of " << plan.tile_q << " rows");
+  const int64_t padding = p.seq_q < kLongRows ? kHeadPadding : kLongHeadPadding;
+  CHECK(w.rows_per_head >= p.seq_q && w.rows_per_head < p.seq_q + padding, text);
+  for (int64_t part : {w.dquery, w.lse2, w.delta, w.turns, w.finished, w.ticket}) {
+    CHECK(part % 16 == 0 && part < w.bytes, text << ", a part at " << part);
+  }
+}
+
+void check_refused(const BackwardProblem& p, PlanStatus status) {
+  const BackwardPlan plan = plan_backward(kH100, p);
+  CHECK(plan.status == status, show(kH100, p) << ": expected '" << describe(status) << "', got '"
+                                              << describe(plan.status) << "'");
+}
+
+}  // namespace
+
+CASE(backward_fits_every_gpu) {
+  for (const Device& d : kDevices) {
+    for (int head_dim = 8; head_dim <= 256; head_dim += 8) check_sound(d, problem(head_dim));
+  }
+}
+
+CASE(backward_covers_every_length) {
+  for (const Device& d : kDevices) {
+    for (int seq_q : {1, 63, 64, 65, 1000, 16384}) {
+      for (int seq_kv : {1, 7, 64, 65, 129, 16384}) check_sound(d, problem(128, seq_q, seq_kv));
+    }
+  }
+}
+
+CASE(backward_workspace_is_linear_in_the_rows) {
+  const BackwardWorkspace w = backward_workspace(3, 5, 100, 72);
+  const int64_t rows = 3 * 5 * 128;
+  CHECK(w.bytes == rows * (4 * 72 + 8) + rows / 4 + 64 + 16, w.bytes);  // 15 heads: 64 bytes
+  CHECK(backward_workspace(1, 1024, 1 << 20, 256).bytes > int64_t{1} << 40, "");
+}
+
+CASE(backward_on_hopper_takes_its_own_family) {
+  for (int head_dim = 8; head_dim <= 256; head_dim += 8) {
+    for (int seq_kv : {1, 128, 500, 16384}) {
+      for (bool causal : {false, true}) {
+        for (bool deterministic : {false, true}) {
+          BackwardProblem p = problem(head_dim, 512, seq_kv);
+          p.is_causal = causal;
+          p.deterministic = deterministic;
+          check_sound(kH100, p);
+          const BackwardPlan plan = plan_backward(kH100, p);
+          const uint32_t tiles = static_cast<uint32_t>(plan.tiles_kv) * p.batch * p.heads_kv;
+          CHECK(plan.family == 90 && plan.block == 384, show(kH100, p));
+          CHECK(plan.grid == (head_dim > 128 ? 2 * tiles : std::min(tiles, 132u)),
+                show(kH100, p) << ", " << plan.grid << " blocks for " << tiles << " tiles");
+          CHECK(plan_backward(kH100, p, 80).family == 80, show(kH100, p));
+          for (const Device& d : kDevices) {
+            if (d.compute_capability == 90) continue;
+            CHECK(plan_backward(d, p).family == 80, show(d, p));
+          }
+        }
+      }
+    }
+  }
+}
+
+// Else a problem with masks would get a kernel without code for them.
+CASE(backward_on_hopper_masks_where_something_is_hidden) {
+  const int32_t plain = plan_backward(kH100, problem()).variant;
+  const auto check = [&](const char* what, void (*set)(BackwardProblem&)) {
+    BackwardProblem p = problem();
+    set(p);
+    const BackwardPlan plan = plan_backward(kH100, p);
+    CHECK(plan.family == 90 && plan.variant != plain, what);
+  };
+  const auto lengths = static_cast<const int32_t*>(address(5 << 20));
+  static const int32_t* some = lengths;
+  check("causal", [](BackwardProblem& p) { p.is_causal = true; });
+  check("left", [](BackwardProblem& p) { p.window_left = 600; });
+  check("right", [](BackwardProblem& p) { p.window_right = 600; });
+  check("chunk", [](BackwardProblem& p) { p.chunk_size = 64; });
+  check("query lengths", [](BackwardProblem& p) { p.query_seq_lengths.data = some; });
+  check("key lengths", [](BackwardProblem& p) { p.key_value_seq_lengths.data = some; });
+  check("ragged keys", [](BackwardProblem& p) { p.seq_kv = 500; });
+}
+
+CASE(backward_on_hopper_takes_longer_steps_where_nothing_is_hidden) {
+  CHECK(plan_backward(kH100, problem(128, kLongRows)).tile_q == 80, "");
+  CHECK(plan_backward(kH100, problem(128, kLongRows - 1)).tile_q == 64, "");
+  CHECK(plan_backward(kH100, problem(120, kLongRows)).tile_q == 64, "");
+  BackwardProblem p = problem(128, kLongRows);
+  p.is_causal = true;
+  CHECK(plan_backward(kH100, p).tile_q == 64, "");
+  p = problem(128, kLongRows);
+  p.dscale_rows = static_cast<float*>(address(6 << 20));
+  CHECK(plan_backward(kH100, p).tile_q == 64, "");
+}
+
+CASE(backward_on_hopper_leaves_the_rest_to_sm80) {
+  const auto check = [&](const char* what, void (*set)(BackwardProblem&)) {
+    BackwardProblem p = problem();
+    set(p);
+    CHECK(plan_backward(kH100, p).family == 80, what);
+  };
+  static const void* some = address(5 << 20);
+  check("soft cap", [](BackwardProblem& p) { p.soft_cap = 5.0f; });
+  check("slopes",
+        [](BackwardProblem& p) { p.alibi_slopes.data = static_cast<const float*>(some); });
+  check("segments", [](BackwardProblem& p) {
+    p.query_segment_ids.data = p.key_value_segment_ids.data = static_cast<const int32_t*>(some);
+  });
+  check("no keys", [](BackwardProblem& p) { p.seq_kv = 0; });
+  check("no queries", [](BackwardProblem& p) { p.seq_q = 0; });
+}
+
+CASE(backward_of_nothing_launches_only_what_writes) {
+  CHECK(plan_backward(kH100, problem(128, 0, 512)).rows_grid == 0, "");
+  CHECK(plan_backward(kH100, problem(128, 0, 512)).grid > 0, "");
+  CHECK(plan_backward(kH100, problem(128, 512, 0)).rows_grid > 0, "");
+  CHECK(plan_backward(kH100, problem(128, 512, 0)).grid == 0, "");
+  const BackwardPlan none = plan_backward(kH100, problem(128, 512, 512, 0));
+  CHECK(none.status == PlanStatus::kOk && none.grid == 0 && none.rows_grid == 0, "");
+}
+
+CASE(backward_refuses_what_the_forward_refuses) {
+  check_refused(problem(12), PlanStatus::kHeadDim);
+  check_refused(problem(128, 512, 512, 2, 16, 3), PlanStatus::kHeads);
+  check_refused(problem(128, kMaxPosition + 1, 512, 1, 1, 1), PlanStatus::kTooLong);
+  check_refused(problem(8, kMaxPosition, 1, 1 << 16, 1 << 4, 1), PlanStatus::kTooManyTiles);
+}
+
+CASE(backward_refuses_misaligned_arrays) {
+  BackwardProblem p = problem();
+  p.dout = address((2 << 20) + 8);
+  check_refused(p, PlanStatus::kAlignment);
+  p = problem();
+  p.dkey_stride.row += 4;
+  check_refused(p, PlanStatus::kAlignment);
+}

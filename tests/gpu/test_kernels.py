@@ -1,0 +1,325 @@
+"""The kernels by the rule of accuracy: every head_dim, option, length, and edge.
+
+Output, logsumexp and all gradients, from cotangents of both.
+"""
+
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from harness import (
+    SUPPORTED,
+    check,
+    check_families,
+    each_family,
+    evaluate,
+    gpu_case,
+    option_sets,
+)
+
+from cases import Inputs
+from compare import assert_bitwise_equal
+from jax_flash2 import flash_attention
+
+DTYPES = ("bfloat16", "float16")
+DIMS = (64, 128, 256)
+# Lengths that do not divide by any tile, and some that do.
+LENGTHS = ((128, 128), (200, 333), (1, 257), (65, 64), (384, 129), (77, 1))
+
+
+@pytest.mark.parametrize("head_dim", list(range(8, 257, 8)))
+def test_every_head_dim(head_dim):
+    case = gpu_case("causal", "key_lengths", head_dim=head_dim, length=150)
+    check(case.inputs(), str(case))
+
+
+@pytest.mark.parametrize("head_dim", [1, 12, 60, 100, 250])
+def test_head_dims_that_are_padded(head_dim):
+    case = gpu_case("causal", head_dim=head_dim, length=70)
+    check(case.inputs(), str(case))
+
+
+@pytest.mark.parametrize(("head_dim", "value_dim"), [(64, 128), (128, 64), (192, 24)])
+def test_value_with_a_head_dim_of_its_own(head_dim, value_dim):
+    case = gpu_case("causal", head_dim=head_dim, value_dim=value_dim, length=150)
+    check(case.inputs(), str(case))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("head_dim", DIMS)
+@pytest.mark.parametrize("options", [(), ("causal",)])
+@pytest.mark.parametrize("length", [577, 2048])
+def test_lengths_and_dtypes(dtype, head_dim, options, length):
+    case = gpu_case(*options, dtype=dtype, head_dim=head_dim, length=length, batch=(1,))
+    check(case.inputs(), str(case))
+
+
+@pytest.mark.parametrize(("number", "name"), list(enumerate(SUPPORTED)))
+def test_every_option_alone_changes_the_result(number, name):
+    shape = dict(zip(("q_length", "kv_length"), LENGTHS[number % 2], strict=True))
+    shape |= {"head_dim": DIMS[number % 3], "dtype": DTYPES[number % 2]}
+    # An offset moves the mask, so there must be one.
+    base = ("causal",) if name.startswith("offset") else ()
+    inputs = gpu_case(*base, name, **shape).inputs()
+    ours = check(inputs, name)
+    if name == "deterministic":
+        return
+    bare = gpu_case(*base, **shape).inputs()
+    bare = bare.replace(**{n: inputs.wrt[n] for n in ("query", "key", "value")})
+    without = evaluate(bare)
+    for result in ("out", "dquery"):
+        assert (without[result] != ours[result]).any()
+
+
+@pytest.mark.parametrize(("number", "options"), list(enumerate(option_sets(4))))
+def test_every_pair_of_options(number, options):
+    q_length, kv_length = LENGTHS[number % len(LENGTHS)]
+    case = gpu_case(
+        *options,
+        q_length=q_length,
+        kv_length=kv_length,
+        head_dim=DIMS[number % 3],
+        dtype=DTYPES[number % 2],
+    )
+    check(case.inputs(seed=number), str(case))
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(8, 1), (6, 2), (12, 3)])
+@pytest.mark.parametrize("head_dim", DIMS)
+def test_grouped_heads(heads, kv_heads, head_dim):
+    case = gpu_case(
+        "causal", heads=heads, kv_heads=kv_heads, head_dim=head_dim, length=130
+    )
+    check(case.inputs(), str(case))
+
+
+# ---------------------------------------------------------------------------------- edges
+
+
+@pytest.mark.parametrize("options", [(), ("causal",)])
+@pytest.mark.parametrize("head_dim", DIMS)
+def test_tiny_lengths_exhaustively(options, head_dim):
+    """1..9 x 1..9, as lengths of batch entries and as shapes, all in one program each."""
+    pairs = list(itertools.product(range(1, 10), repeat=2))
+    options = (*options, "query_lengths", "key_lengths")
+    shape = dict(length=9, batch=(len(pairs),), heads=2, kv_heads=1)
+    inputs = gpu_case(*options, **shape, head_dim=head_dim).inputs()
+    lengths = jnp.asarray(pairs, jnp.int32)
+    whole = check_families(
+        inputs.replace(
+            query_seq_lengths=lengths[:, 0], key_value_seq_lengths=lengths[:, 1]
+        )
+    )
+
+    @functools.partial(jax.jit, static_argnums=2)
+    def one_by_one(arrays, cotangents, family):
+        found = []
+        for e, (q, k) in enumerate(pairs):
+            ends = {"query": q, "key": k, "value": k}
+            parts = {n: arrays[n][e : e + 1, :end] for n, end in ends.items()}
+            call = lambda parts: flash_attention(  # noqa: E731
+                **parts,
+                **inputs.static,
+                implementation=family,
+                return_residual=True,
+            )
+            (out, lse), pullback = jax.vjp(call, parts)
+            grads = pullback(tuple(g[e : e + 1, :q] for g in cotangents))[0]
+            found.append(
+                {"out": out, "lse": lse} | {f"d{n}": g for n, g in grads.items()}
+            )
+        return found
+
+    for family, together in whole.items():
+        parts = one_by_one(inputs.wrt, inputs.cotangents, family)
+        for (e, alone), name in itertools.product(enumerate(parts), together):
+            x, ours = alone[name], together[name][e : e + 1]
+            note = f"{family} {pairs[e]} {name}"
+            assert_bitwise_equal(x, ours[:, : x.shape[1]], note)
+            assert (ours[:, x.shape[1] :] == (-jnp.inf if name == "lse" else 0)).all()
+
+
+@pytest.mark.parametrize("options", [(), ("causal",), ("window",)])
+@pytest.mark.parametrize("head_dim", DIMS)
+def test_every_residue_of_the_lengths(options, head_dim):
+    """256 batch entries, each with lengths of its own, in one program."""
+    case = gpu_case(
+        *(*options, "key_lengths", "query_lengths"),
+        **dict(length=256, batch=(257,), heads=2, kv_heads=1, head_dim=head_dim),
+    )
+    lengths = jnp.arange(257, dtype=jnp.int32)
+    inputs = case.inputs().replace(
+        key_value_seq_lengths=lengths, query_seq_lengths=lengths[::-1]
+    )
+    check(inputs, str(case))
+
+
+@pytest.mark.parametrize("q_length", [120, *range(126, 131), 136, 193])
+def test_residues_of_the_shapes(q_length):
+    case = gpu_case("causal", q_length=q_length, kv_length=320 - q_length, head_dim=128)
+    check(case.inputs(), str(case))
+
+
+@pytest.mark.parametrize("head_dim", DIMS)
+@pytest.mark.parametrize(
+    ("options", "values"),
+    [
+        (("key_lengths",), {"key_value_seq_lengths": jnp.zeros(3, jnp.int32)}),
+        (("query_lengths",), {"query_seq_lengths": jnp.zeros(3, jnp.int32)}),
+        (("causal", "offset"), {"query_offset": jnp.full(3, -1000, jnp.int32)}),
+        (("window", "offset"), {"query_offset": jnp.full(3, 1000, jnp.int32)}),
+        (("segments",), {"query_segment_ids": jnp.full((3, 128), 99, jnp.int32)}),
+        (("chunk", "offset"), {"query_offset": jnp.full(3, 10**6, jnp.int32)}),
+    ],
+)
+@each_family
+def test_rows_that_see_no_key(options, values, head_dim, family):
+    case = gpu_case(*options, head_dim=head_dim)
+    for name, x in evaluate(case.inputs().replace(**values), family).items():
+        assert (x == (-jnp.inf if name == "lse" else 0)).all(), name
+
+
+def test_rows_that_see_only_their_sink():
+    case = gpu_case("key_lengths", "sinks")
+    inputs = case.inputs().replace(key_value_seq_lengths=jnp.zeros(3, jnp.int32))
+    ours = check(inputs)
+    assert (ours["out"] == 0).all()
+    np.testing.assert_allclose(
+        np.asarray(ours["lse"]),
+        np.broadcast_to(inputs.wrt["sinks"], ours["lse"].shape),
+        rtol=1e-6,
+    )
+
+
+@pytest.mark.parametrize("shape", [(0, 5, 5), (2, 0, 5), (2, 5, 0)])
+@each_family
+def test_zero_sizes(shape, family):
+    batch, q_length, kv_length = shape
+    case = gpu_case(q_length=q_length, kv_length=kv_length, batch=(batch,))
+    for name, x in evaluate(case.inputs(), family).items():
+        assert (x == (-jnp.inf if name == "lse" else 0)).all(), name
+
+
+@pytest.mark.parametrize("head_dim", DIMS)
+@each_family
+def test_nan_past_the_lengths_does_not_leak(head_dim, family):
+    options = ("key_lengths", "query_lengths", "deterministic")
+    inputs = gpu_case(*options, length=200, head_dim=head_dim).inputs()
+    clean = evaluate(inputs, family)
+    nan = {}
+    for name in ("query", "key", "value", "out", "lse"):
+        side = "key_value" if name in ("key", "value") else "query"
+        past = jnp.arange(200)[None] >= inputs.fixed[f"{side}_seq_lengths"][:, None]
+        nan[name] = past[..., None, None] if name != "lse" else past[..., None]
+
+    def poison(x, name):
+        return jnp.where(nan[name], jnp.asarray(jnp.nan, x.dtype), x)
+
+    wrt = {name: poison(x, name) for name, x in inputs.wrt.items()}
+    cotangents = tuple(map(poison, inputs.cotangents, ("out", "lse")))
+    poisoned = Inputs(wrt, inputs.fixed, inputs.static, cotangents)
+    assert_bitwise_equal(evaluate(poisoned, family), clean)
+
+
+@pytest.mark.parametrize("head_dim", DIMS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("factor", [30.0, -30.0, 1e-4])
+def test_extreme_logits(head_dim, dtype, factor):
+    """Scores of thousands, of either sign, and scores that are all the same."""
+    case = gpu_case("causal", head_dim=head_dim, dtype=dtype, length=193)
+    inputs = case.inputs()
+    query = (inputs.wrt["query"].astype(jnp.float32) * factor).astype(dtype)
+    key = jnp.abs(inputs.wrt["key"]) + jnp.asarray(3.0, dtype)
+    check(inputs.replace(query=query, key=key), str(case))
+
+
+@pytest.mark.parametrize("scale", [0.0, -0.3])
+def test_scales_without_and_with_a_sign(scale):
+    inputs = gpu_case("causal", "scale", head_dim=128, length=150).inputs()
+    check(inputs.replace(scale=scale))
+
+
+@each_family
+def test_every_output_is_written(family):
+    """Freed memory full of NaN is what results and workspace are made from."""
+    case = gpu_case("key_lengths", "deterministic", length=333, batch=(4,), head_dim=72)
+    inputs = case.inputs()
+    want = evaluate(inputs, family)
+    for _ in range(5):
+        poison = [jnp.full((64 << 20,), jnp.nan, jnp.float32) for _ in range(4)]
+        jax.block_until_ready(poison)
+        del poison
+        assert_bitwise_equal(evaluate(inputs, family), want)
+
+
+# --------------------------------------------------------------------------------- sizes
+
+
+def attend(q, k, v, dout, family):
+    """Output and gradients."""
+
+    def run(q, k, v, dout):
+        call = lambda *x: flash_attention(*x, implementation=family)  # noqa: E731
+        out, pullback = jax.vjp(call, q, k, v)
+        return out, *pullback(dout)
+
+    return jax.jit(run)(q, k, v, dout)
+
+
+def normal(seed, *shape):
+    return jax.random.normal(jax.random.key(seed), shape, jnp.bfloat16)
+
+
+def equal_on_device(a, b):
+    return bool(jax.jit(lambda a, b: (a == b).all())(a, b))
+
+
+def near(a, b):
+    """The order of a sum over key tiles may differ, hence its last bits."""
+    a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
+    np.testing.assert_allclose(a, b, rtol=2.0**-6, atol=2.0**-7 * np.abs(b).max())
+
+
+@each_family
+def test_more_than_2_31_elements_of_query(family):
+    rows, heads, head_dim = 2**18 + 128, 64, 128
+    q, dout = normal(0, 1, rows, heads, head_dim), normal(3, 1, rows, heads, head_dim)
+    assert q.size > 2**31
+    k, v = normal(1, 1, 64, 64, head_dim), normal(2, 1, 64, 64, head_dim)
+    out, dq, dk, dv = attend(q, k, v, dout, family)
+    for start in (0, 2**17, rows - 256):
+        part = slice(start, start + 256)
+        some, some_dq, _, _ = attend(q[:, part], k, v, dout[:, part], family)
+        assert equal_on_device(out[:, part], some)
+        near(dq[:, part], some_dq)
+    one = slice(heads - 1, heads)
+    some = attend(*(x[:, :, one] for x in (q, k, v, dout)), family)
+    assert_bitwise_equal([dk[:, :, one], dv[:, :, one]], list(some[2:]))
+
+
+@each_family
+def test_more_than_2_31_elements_of_key_and_value(family):
+    rows, heads, head_dim = 2**18 + 128, 64, 128
+    k, v = normal(1, 1, rows, heads, head_dim), normal(2, 1, rows, heads, head_dim)
+    q, dout = normal(0, 1, 64, heads, head_dim), normal(3, 1, 64, heads, head_dim)
+    out, dq, dk, dv = attend(q, k, v, dout, family)
+    for head in (0, heads - 1):
+        one = slice(head, head + 1)
+        some = attend(*(x[:, :, one] for x in (q, k, v, dout)), family)
+        assert equal_on_device(out[:, :, one], some[0])
+        near(dq[:, :, one], some[1])
+        assert_bitwise_equal([dk[:, :, one], dv[:, :, one]], list(some[2:]))
+
+
+@pytest.mark.parametrize(("batch", "heads"), [(71280, 1), (1, 71280), (8300, 16)])
+@each_family
+def test_more_heads_than_a_grid_axis_holds(batch, heads, family):
+    q, dout = normal(0, batch, 3, heads, 64), normal(3, batch, 3, heads, 64)
+    k, v = normal(1, batch, 5, heads, 64), normal(2, batch, 5, heads, 64)
+    found = attend(q, k, v, dout, family)
+    b, h = slice(batch - 1, batch), slice(heads - 1, heads)
+    some = attend(*(x[b, :, h] for x in (q, k, v, dout)), family)
+    assert_bitwise_equal([x[b, :, h] for x in found], list(some))

@@ -1,0 +1,37 @@
+"""The training comparison of benchmarks/parity.py, on a model that a CPU can try."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+pytest.importorskip("flax")
+pytest.importorskip("optax")
+
+
+def test_runs_start_alike_and_stay_together(tmp_path):
+    out = tmp_path / "parity.json"
+    command = [
+        sys.executable,
+        str(ROOT / "benchmarks" / "parity.py"),
+        "--out",
+        str(out),
+    ]
+    command += ["--preset", "smoke", "--steps", "8", "--batch", "2", "--commit", "none"]
+    command += ["--impls", "flash2", "xla", "reference"]
+    paths = os.pathsep.join(p for p in sys.path if p)
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": paths}
+    subprocess.run(command, check=True, env=environment, timeout=300)
+    runs = json.loads(out.read_text())["runs"]
+    assert list(runs) == ["flash2", "xla", "reference"]
+    for name in ("loss", "grad_norm"):
+        exact = runs["reference"][name]
+        for run in runs.values():
+            assert len(run[name]) == 8
+            assert math.isclose(run[name][0], exact[0], rel_tol=0.01)
+            assert math.isclose(run[name][-1], exact[-1], rel_tol=0.2)
