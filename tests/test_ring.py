@@ -2,7 +2,9 @@
 modules, and words where a layout cannot work."""
 
 import dataclasses
+import doctest
 import functools
+import importlib
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -389,6 +391,10 @@ def local(message: str, mesh: dict[str, int], x: Any = None, **options: Any) -> 
     run = jax.shard_map(call, mesh=devices, in_specs=at, out_specs=at)
     with pytest.raises((ValueError, NotImplementedError), match=message):
         jax.jit(run).lower(*(arrays() if x is None else x))
+
+
+def test_the_docstrings_example_runs() -> None:
+    assert doctest.testmod(importlib.import_module("jax_flash2.ring")) == (0, 8)
 
 
 def test_wrong_calls_say_argument_rule_and_value_before_compiling() -> None:
