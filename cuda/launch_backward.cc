@@ -45,7 +45,8 @@ int launch_backward(const BackwardProblem& problem, const BackwardPlan& plan, vo
   const BackwardWorkspace& w = plan.workspace;
   char* base = static_cast<char*>(workspace);
   const bool hopper = plan.family == 90;
-  const bool waits = hopper || problem.deterministic;
+  // Without query rows nothing is added, and nobody would set the counters to 0.
+  const bool waits = hopper || (problem.deterministic && plan.rows_grid != 0);
   BackwardParams params{problem,
                         reinterpret_cast<float*>(base + w.dquery),
                         reinterpret_cast<float*>(base + w.lse2),

@@ -83,8 +83,9 @@ __global__ void __launch_bounds__(128, 2)
       adjust(s);
       const auto exponential = block.exponential(now, factor);
       block.accumulate(dv, smem_do, [&](int step, uint32_t (&a)[kM][4]) {
+        const typename Block::RowPairs lses(exponential.lse, step);
 #pragma unroll
-        for (int m = 0; m < kM; ++m) exponential(s, step, m, a[m], hand[step][m]);
+        for (int m = 0; m < kM; ++m) exponential(s, lses, step, m, a[m], hand[step][m]);
       });
     };
     const auto cut = block.cut(now);
@@ -100,10 +101,12 @@ __global__ void __launch_bounds__(128, 2)
     }
     typename Block::Scores dp;
     block.multiply_scores(dp, block.v, smem_do);
+    const uint32_t deltas = block.deltas(now);
     block.accumulate(dk, smem_q, [&](int step, uint32_t (&a)[kM][4]) {
+      const typename Block::RowPairs delta(deltas, step);
 #pragma unroll
       for (int m = 0; m < kM; ++m) {
-        block.score_gradients(dp, now, step, m, hand[step][m], ds_of(now), a[m]);
+        block.score_gradients(dp, delta, step, m, hand[step][m], ds_of(now), a[m]);
       }
     });
     ptx::mbarrier_arrive(ds_full);
@@ -204,11 +207,12 @@ __global__ void __launch_bounds__(256, 1)
       if (kSplit > 1 && now.number > 0) ptx::mbarrier_wait(ds_empty, (now.number - 1) % 2);
       const auto exponential = block.exponential(now, factor);
 #pragma unroll
-      for (int step = 0; step < kSlices; ++step)
+      for (int step = 0; step < kSlices; ++step) {
+        const typename Block::RowPairs lses(exponential.lse, step);
 #pragma unroll
         for (int m = 0; m < kM; ++m) {
           uint32_t a[4], hand[4];
-          exponential(s, step, m, a, hand);
+          exponential(s, lses, step, m, a, hand);
           keep_own(step, m, a);
           const uint32_t address = hand_address(m, block.split * kSlices + step);
           ptx::store_shared_16(address, uint4{hand[0], hand[1], hand[2], hand[3]});
@@ -216,6 +220,7 @@ __global__ void __launch_bounds__(256, 1)
             ptx::store_shared_16(address + kBeside, uint4{a[0], a[1], a[2], a[3]});
           }
         }
+      }
     };
 #pragma unroll 1
     for (; now.number < block.total; block.advance(now)) {
@@ -253,15 +258,24 @@ __global__ void __launch_bounds__(256, 1)
       block.multiply_scores(dp, block.v, block.dout + now.stage * Block::kQBytes);
       ptx::mbarrier_wait(p_full, now.number % 2);
       if (now.number > 0) ptx::mbarrier_wait(ds_empty, (now.number - 1) % 2);
+      const uint32_t deltas = block.deltas(now);
+      uint32_t hand[kSlices][kM][4];
 #pragma unroll
       for (int step = 0; step < kSlices; ++step)
 #pragma unroll
         for (int m = 0; m < kM; ++m) {
-          uint32_t hand[4], a[4];
-          load_words(hand_address(m, block.split * kSlices + step), hand);
-          block.score_gradients(dp, now, step, m, hand, block.ds, a);
+          load_words(hand_address(m, block.split * kSlices + step), hand[step][m]);
+        }
+#pragma unroll
+      for (int step = 0; step < kSlices; ++step) {
+        const typename Block::RowPairs delta(deltas, step);
+#pragma unroll
+        for (int m = 0; m < kM; ++m) {
+          uint32_t a[4];
+          block.score_gradients(dp, delta, step, m, hand[step][m], block.ds, a);
           keep_own(step, m, a);
         }
+      }
       ptx::mbarrier_arrive(ds_full);
       ptx::mbarrier_wait(q_full + 8 * now.stage, now.parity);
       const uint32_t smem_q = block.q + now.stage * Block::kQBytes;

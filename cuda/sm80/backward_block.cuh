@@ -53,8 +53,6 @@ struct BackwardBlock {
   int lane, warp;
   int key_warp, split;  // the warp's place along the keys, and along queries or columns
   BackwardWork<kTileQ, kTileKv> work;
-  const int* query_ids = nullptr;
-  const int* key_ids = nullptr;
   int group, total;
 
   // A tile of queries of one head, and the stage that it lies in.
@@ -85,13 +83,11 @@ struct BackwardBlock {
         work(params, tile_number(params, ds)) {
     if constexpr (kGeneral) {
       if (p.query_segment_ids.data) {
-        query_ids = p.query_segment_ids.row(work.batch);
-        key_ids = p.key_value_segment_ids.row(work.batch);
         if (!params.turns && work.first_q < work.end_q) {
           const Interval rows = segment_keys<kWarps>(
-              key_ids, query_ids, work.key0,
-              min(work.key0 + kTileKv, work.visibility.kv_length) - 1, work.first_q * kTileQ,
-              min(work.end_q * kTileQ, work.q_length), ds);
+              p.key_value_segment_ids.row(work.batch), p.query_segment_ids.row(work.batch),
+              work.key0, min(work.key0 + kTileKv, work.visibility.kv_length) - 1,
+              work.first_q * kTileQ, min(work.end_q * kTileQ, work.q_length), ds);
           work.first_q = max(work.first_q, rows.begin / kTileQ);
           work.end_q = min(work.end_q, (rows.end + kTileQ - 1) / kTileQ);
         }
@@ -225,8 +221,9 @@ struct BackwardBlock {
       turn = params.turns + workspace_row(at) / 16;
       const int before =
           work.key0 / kTileKv - work.visibility.row(p, at.tile * kTileQ).begin / kTileKv;
+      // Not until it is equal: faster warps of this block may have added to the turn already.
       if (lane == 0) {
-        while (ptx::load_acquire(turn) != kWarps * before) {
+        while (ptx::load_acquire(turn) < kWarps * before) {
         }
       }
       __syncwarp();
@@ -278,8 +275,10 @@ struct BackwardBlock {
 #pragma unroll
         for (int e = 0; e < kM * kN * 4; ++e) all[e] = cap_score(all[e], p.soft_cap);
       }
-      if (query_ids) {
-        mask_key_ids<kStride>(s, query_ids + row0, work.q_length - row0, key_ids + key0,
+      if (p.query_segment_ids.data) {
+        const int batch = ptx::opaque(work.batch);  // no register is left to keep pointers
+        mask_key_ids<kStride>(s, p.query_segment_ids.row(batch) + row0, work.q_length - row0,
+                              p.key_value_segment_ids.row(batch) + key0,
                               work.visibility.kv_length - key0);
       }
     } else if (factor() < 0.0f) {
@@ -295,6 +294,15 @@ struct BackwardBlock {
     }
   }
 
+  // A value each of the thread's four queries among 16, such as their logsumexps.
+  struct RowPairs {
+    float2 of[2];
+
+    __device__ __forceinline__ RowPairs(uint32_t values, int step)
+        : of{ptx::load_shared_8(values + step * 64), ptx::load_shared_8(values + step * 64 + 32)} {
+    }
+  };
+
   // From scores to probabilities, times 2^12.
   struct Exponential {
     float factor;
@@ -305,11 +313,12 @@ struct BackwardBlock {
 
     // The probabilities of 16 queries (number `step`) by 16 keys (block m) as an A operand, and
     // those that dS wants: times the slope of the soft cap.
-    __device__ __forceinline__ void operator()(const Scores& s, int step, int m,
-                                               uint32_t (&own)[4], uint32_t (&hand)[4]) const {
+    __device__ __forceinline__ void operator()(const Scores& s, const RowPairs& lses, int step,
+                                               int m, uint32_t (&own)[4],
+                                               uint32_t (&hand)[4]) const {
 #pragma unroll
       for (int w = 0; w < 4; ++w) {
-        const float2 l = ptx::load_shared_8(lse + step * 64 + w / 2 * 32);
+        const float2 l = lses.of[w / 2];
         const float* pair = &s[m][2 * step + w / 2][w % 2 * 2];
         float x[2] = {pair[0], pair[1]}, bend[2] = {1.0f, 1.0f};
         if constexpr (kGeneral) {
@@ -341,15 +350,19 @@ struct BackwardBlock {
     return e;
   }
 
+  // Where the deltas of the thread's queries lie.
+  __device__ __forceinline__ uint32_t deltas(const Step& at) const {
+    return delta + (at.stage * kTileQ + split * kCols + lane % 4 * 2) * 4;
+  }
+
   // dS^T = P^T (dP^T - delta) of 16 queries by 16 keys as an A operand, also left at `target` in
   // rows of keys.
-  __device__ __forceinline__ void score_gradients(const Scores& dp, const Step& at, int step,
-                                                  int m, const uint32_t (&hand)[4],
+  __device__ __forceinline__ void score_gradients(const Scores& dp, const RowPairs& deltas,
+                                                  int step, int m, const uint32_t (&hand)[4],
                                                   uint32_t target, uint32_t (&own)[4]) const {
-    const uint32_t deltas = delta + (at.stage * kTileQ + split * kCols + lane % 4 * 2) * 4;
 #pragma unroll
     for (int w = 0; w < 4; ++w) {
-      const float2 d = ptx::load_shared_8(deltas + step * 64 + w / 2 * 32);
+      const float2 d = deltas.of[w / 2];
       const float2 prob = ptx::unpack<DataType::kFloat16>(hand[w]);
       const float* pair = &dp[m][2 * step + w / 2][w % 2 * 2];
       own[w] = ptx::pack<kType>(prob.x * fmaf(pair[0], kProbabilityUnit, -d.x),
