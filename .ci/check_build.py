@@ -8,9 +8,9 @@ import re
 import sys
 from pathlib import Path
 
-# Serialised wgmma (C7510, C7511, C7514, C7515), injected waits (C7517, C7519), an ignored
+# Serialised wgmma (C7510 to C7512, C7514, C7515, C7520), injected waits (C7517, C7519), an ignored
 # setmaxnreg (C7508).
-BAD = re.compile(r"C75(08|10|11|14|15|17|19)\b")
+BAD = re.compile(r"C75(08|10|11|12|14|15|17|19|20)\b")
 KERNEL = re.compile(r"Compiling entry function '(\S+)' for '(\S+)'")
 SPILL = re.compile(r"(\d+) bytes spill stores, (\d+) bytes spill loads")
 MAX_BYTES = 30 * 2**20

@@ -105,11 +105,8 @@ BackwardPlan plan_backward(const Device& device, const BackwardProblem& p, int32
     const int64_t bytes = std::max<int64_t>(
         1, int64_t{p.seq_q} * (6 * p.head_dim + 2 * p.head_dim_v) * p.heads_q / p.heads_kv);
     plan.section = static_cast<int32_t>(std::clamp<int64_t>(kSectionBytes / bytes, 1, heads));
-    // Where key tiles wait for their turn, at most some eight of a head should be at work at once:
-    // the last of n begins n steps late.
-    if (plan.family == 90 && p.deterministic) {
-      const int64_t least = std::clamp<int64_t>(device.num_sms / 8, 1, heads);
-      plan.section = std::max(plan.section, static_cast<int32_t>(least));
+    if (plan.family == 90) {
+      plan.section = sm90::section(device, plan, heads, plan.section, p.deterministic);
     }
   }
   return plan;

@@ -70,13 +70,14 @@ def ring_attention(
 
     Example:
       >>> import functools, jax
-      >>> from jax.sharding import PartitionSpec as P
+      >>> from jax.sharding import NamedSharding, PartitionSpec as P
       >>> from jax_flash2 import ring_attention
       >>> mesh = jax.make_mesh((jax.device_count(),), ("seq",))
       >>> attend = jax.shard_map(
       ...     functools.partial(ring_attention, axis_name="seq", is_causal=True),
       ...     mesh=mesh, in_specs=P(None, "seq"), out_specs=P(None, "seq"))
-      >>> x = jax.numpy.ones((2, 128, 8, 64))
+      >>> at = NamedSharding(mesh, P(None, "seq"))
+      >>> x = jax.device_put(jax.numpy.ones((2, 128, 8, 64)), at)
       >>> attend(x, x, x).shape
       (2, 128, 8, 64)
     """

@@ -444,13 +444,13 @@ def of_length(name: str, length: int) -> Any:
 @pytest.mark.parametrize("name", ["jvp", "grad of jvp", "jvp of grad", "grad of grad"])
 def test_memory_grows_with_the_length_alone(name):
     temporary = []
-    for length in (1024, 2048, 4096, 8192):
+    for length in (2048, 4096, 8192, 16384):
         program = of_length(name, length)
         shapes = re.findall(r"\b[a-z]+\d+\[([\d,]+)\]", program.as_text())
         sizes = [
             np.prod([int(n) for n in s.split(",")], dtype=np.int64) for s in shapes
         ]
-        assert max(sizes) < max(length * 256, 256**2 * 4)
+        assert max(sizes) < length * 256
         temporary.append(program.memory_analysis().temp_size_in_bytes)
     steps = np.diff(temporary)
     # Twice the length adds at most twice what the length before added.

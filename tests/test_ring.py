@@ -2,7 +2,9 @@
 modules, and words where a layout cannot work."""
 
 import dataclasses
+import doctest
 import functools
+import importlib
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -21,11 +23,14 @@ from jax_flash2 import (
     Flash2Attention,
     _mask,
     _partition,
+    _primitives,
+    _ring,
     flash_attention,
     ring_attention,
     unzigzag,
     zigzag,
 )
+from jax_flash2._passes import FORWARD
 from jax_flash2._ring import _Where
 from jax_flash2._sequence import Part, Ring
 from jax_flash2._spec import AttentionSpec, Operands
@@ -139,6 +144,30 @@ def test_zigzag_orders_and_restores_whatever_has_tokens() -> None:
         np.testing.assert_array_equal(unzigzag(zigzag(x, n), n), x)
     with pytest.raises(ValueError, match="devices = 10; got 48, axis 1"):
         zigzag(x, 5)
+
+
+def test_a_hop_is_issued_before_the_block_that_it_may_hide_behind() -> None:
+    """And depends on no block, so that nothing keeps the compiler from running both."""
+    loop = ring(4, 32, False)
+    query, key, value = arrays(length=8)
+
+    def forward(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+        def block(spec: AttentionSpec, named: Any) -> Any:
+            return _primitives.bind(_primitives.forward_p, named, spec=spec)
+
+        named = {"query": query, "key": key, "value": value}
+        return _ring.run(FORWARD, block, CAUSAL, named, loop)["out"]
+
+    jaxpr = jax.make_jaxpr(forward, axis_env=[("seq", 4)])(query, key, value).jaxpr
+    order = [e.primitive.name for e in jaxpr.eqns]
+    order = [name for name in order if name in ("ppermute", "flash2_forward")]
+    hop = ["ppermute", "ppermute", "flash2_forward"]
+    assert order == [*hop, *hop, *hop, "flash2_forward"]
+    keys = set(jaxpr.invars[1:])
+    for e in jaxpr.eqns:
+        if e.primitive.name == "ppermute":
+            assert set(e.invars) <= keys
+            keys |= set(e.outvars)
 
 
 def test_a_ring_of_one_device_is_the_plain_call() -> None:
@@ -362,6 +391,10 @@ def local(message: str, mesh: dict[str, int], x: Any = None, **options: Any) -> 
     run = jax.shard_map(call, mesh=devices, in_specs=at, out_specs=at)
     with pytest.raises((ValueError, NotImplementedError), match=message):
         jax.jit(run).lower(*(arrays() if x is None else x))
+
+
+def test_the_docstrings_example_runs() -> None:
+    assert doctest.testmod(importlib.import_module("jax_flash2.ring")) == (0, 8)
 
 
 def test_wrong_calls_say_argument_rule_and_value_before_compiling() -> None:

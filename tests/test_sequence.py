@@ -167,7 +167,12 @@ LAYOUTS = {
 
 
 def meets(layout: Layout, options: Options) -> bool:
-    """Inside a shard_map heads are local, and dropout's batch entries and heads."""
+    """Inside a shard_map heads are local, and dropout's batch entries and heads.
+
+    Without its checks, what differs is how gradients of shared operands are summed.
+    """
+    if not layout.check_vma and not (options.sides or options.static.get("is_causal")):
+        return False
     if not layout.manual or layout.manual == ("seq",):
         return True
     if options.kv_heads % layout.ways((layout.tensor,)):

@@ -18,9 +18,9 @@ __device__ __forceinline__ uint32_t opaque(uint32_t value) {
   return value;
 }
 
-// Tests build with JAX_FLASH2_PERTURB: warps then sleep for up to 2 us, by the clock, wherever they
-// wait for others, so that what depends on their order shows. Not where single lanes arrive: a sleep
-// in a branch makes the assembler serialise wgmma (C7520).
+// Tests build with JAX_FLASH2_PERTURB: warps then sleep for up to 2 us, by the clock, wherever
+// they wait for others, so that what depends on their order shows. Not where single lanes arrive:
+// a sleep in a branch makes the assembler serialise wgmma (C7520).
 __device__ __forceinline__ void perturb() {
 #ifdef FLASH2_PERTURB
   uint32_t clock;

@@ -154,15 +154,6 @@ struct BackwardStorer {
     const int group = p.heads_q / p.heads_kv;
     const uint32_t full = smem.dquery_full(consumer), empty = smem.dquery_empty(consumer);
     const uint32_t from = smem.dquery(consumer);
-    // Where the half lies in a tile's sums (dquery_sums.cuh), in floats: a strip of 16 rows for
-    // each warp of the consumer, of which 8 blocks of 8 columns or fewer exist, or all in one
-    // piece.
-    const int first_block = kByRows ? 0 : 8 * consumer;
-    const int blocks = max(0, min(8, p.head_dim / 8 - first_block));
-    const bool whole = kT.transposed() || (kByRows && p.head_dim == kT.head_dim);
-    const int pieces = whole ? 1 : 4;
-    const int bytes = whole ? kT.stage_bytes() : blocks * 512;
-    const int offset = kT.transposed() ? 64 * kT.tile_q * consumer : 128 * first_block;
     uint32_t parity = 0;
     Ring<2> ring;
     ptx::wait_prerequisites();  // before the first look at a flag
@@ -185,12 +176,17 @@ struct BackwardStorer {
           }
           ptx::mbarrier_wait(full, parity);
           parity ^= 1;
-          float* to = params.dquery_sums + row * p.head_dim + offset;
-          for (int piece = 0; bytes > 0 && piece < pieces; ++piece, to += 16 * p.head_dim) {
-            if (before == 0) {
-              ptx::bulk_store(to, from + piece * 4096, bytes);
-            } else {
-              ptx::bulk_add(to, from + piece * 4096, bytes);
+          float* sums = params.dquery_sums + row * p.head_dim;
+          if (kT.transposed()) {
+            add(sums + 64 * kT.tile_q * consumer, from, kT.stage_bytes(), before == 0);
+          } else {
+            // Strips of 16 rows, one of each warp of the consumer: 8 blocks of 8 columns, or
+            // fewer.
+            const int first = kByRows ? 0 : 8 * consumer;
+            const int blocks = min(8, p.head_dim / 8 - first);
+            for (int strip = 0; blocks > 0 && strip < 4; ++strip) {
+              add(sums + 16 * strip * p.head_dim + first * 128, from + strip * 4096, blocks * 512,
+                  before == 0);
             }
           }
           ptx::bulk_commit();
@@ -219,6 +215,16 @@ struct BackwardStorer {
       ptx::mbarrier_arrive(empty);
     }
     ptx::bulk_wait<0>();
+  }
+
+ private:
+  static __device__ __forceinline__ void add(float* to, uint32_t from, uint32_t bytes,
+                                             bool first) {
+    if (first) {
+      ptx::bulk_store(to, from, bytes);
+    } else {
+      ptx::bulk_add(to, from, bytes);
+    }
   }
 };
 

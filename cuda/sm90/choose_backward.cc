@@ -49,6 +49,18 @@ void choose_tile(const BackwardProblem& p, BackwardPlan* plan) {
   }
 }
 
+int32_t section(const Device& device, const BackwardPlan& plan, int64_t heads, int32_t cached,
+                bool deterministic) {
+  const int64_t workers = device.num_sms / kBackwardTiles[plan.variant].blocks;
+  // The longest tile must not take longer than a worker's share of the section, of which the mean
+  // tile is half as long: else the last section ends with one tile.
+  int64_t least = (2 * workers + plan.tiles_kv - 1) / plan.tiles_kv;
+  // Where key tiles wait for their turn, some eight of a head should be at work at once: the last
+  // of n begins n steps late.
+  if (deterministic) least = std::max(least, workers / 8);
+  return static_cast<int32_t>(std::min<int64_t>(heads, std::max<int64_t>(cached, least)));
+}
+
 int64_t grid(const Device& device, const BackwardPlan& plan, int64_t tiles) {
   // Pairs take one tile each; single blocks stay, one per multiprocessor.
   const bool pair = kBackwardTiles[plan.variant].blocks == 2;

@@ -153,6 +153,18 @@ CASE(backward_on_hopper_takes_longer_steps_where_nothing_is_hidden) {
   CHECK(plan_backward(kH100, p).tile_q == 64, "");
 }
 
+// Else the last of them would begin with its longest tile when all the others are done.
+CASE(backward_on_hopper_walks_few_key_heads_together) {
+  BackwardProblem p = problem(128, 8192, 8192, 2, 16, 2);
+  p.is_causal = true;
+  CHECK(plan_backward(kH100, p).section == 4, "");
+  p = problem(128, 512, 512, 32, 16, 16);
+  p.is_causal = true;
+  CHECK(plan_backward(kH100, p).section == 66, "");
+  p.is_causal = false;
+  CHECK(plan_backward(kH100, p).section == 1, "");
+}
+
 CASE(backward_on_hopper_leaves_the_rest_to_sm80) {
   const auto check = [&](const char* what, void (*set)(BackwardProblem&)) {
     BackwardProblem p = problem();
