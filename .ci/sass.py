@@ -84,7 +84,7 @@ def judge(text: str) -> tuple[int, list[str]]:
         # A kernel that masks everywhere has one loop of some thousand instructions. The
         # backward's with soft cap, ALiBi and segment ids may keep a step's place there:
         # its tile and head, read once or twice a step.
-        allowed = len(operations) // 300 if len(operations) >= 1100 else 0
+        allowed = len(operations) // 240 if len(operations) >= 1100 else 0
         if GENERAL_BACKWARD.search(kernel.name):
             allowed = len(operations) // 35
         if spills > allowed:
