@@ -14,9 +14,9 @@ BAD = re.compile(r"C75(08|10|11|12|14|15|17|19|20)\b")
 KERNEL = re.compile(r"Compiling entry function '(\S+)' for '(\S+)'")
 SPILL = re.compile(r"(\d+) bytes spill stores, (\d+) bytes spill loads")
 MAX_BYTES = 30 * 2**20
-# Bytes. A few words may wait in local memory outside of the main loops, where sass.py allows
-# none. The largest is a tile for 99 KB devices built for sm_90, never chosen there.
-MAX_SPILL = 96
+# Bytes. A few words may wait in local memory, outside of the main loops, which sass.py judges.
+# Most has the backward with soft cap, ALiBi and segment ids at head_dim 256: its step's place.
+MAX_SPILL = 600
 
 
 def judge(log: str) -> tuple[int, list[str]]:

@@ -238,16 +238,15 @@ def test_backward_passes_operands_as_they_are(deterministic):
 
 
 @needs_module
-@pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize(
-    ("batch", "heads", "length"), [(1, 1, 1), (2, 8, 128), (3, 5, 65)]
+    ("batch", "heads", "length", "rows"),
+    [(1, 1, 1, 128), (2, 8, 128, 128), (3, 5, 129, 256), (1, 2, 8193, 8320)],
 )
-def test_backward_workspace_is_linear_in_the_rows(batch, heads, length, deterministic):
-    """Per row of 64-row blocks: float32 sums of dQ, logsumexp, delta; turns by 16 rows."""
-    rows = batch * heads * -(-length // 64) * 64
+def test_backward_workspace_is_linear_in_the_rows(batch, heads, length, rows):
+    """Per padded row: float32 sums of dQ, logsumexp and delta; a turn per 16; counters."""
     counters = -(-batch * heads * 4 // 16) * 16 + 16
-    expected = rows * (4 * 72 + 8) + counters + (rows // 4 if deterministic else 0)
-    assert _ffi._workspace_bytes(batch, heads, length, 72, deterministic) == expected
+    expected = batch * heads * (rows * (4 * 72 + 8) + rows // 4) + counters
+    assert _ffi._workspace_bytes(batch, heads, length, 72) == expected
 
 
 @needs_module

@@ -78,9 +78,10 @@ struct BackwardTile {
   }
 };
 
+// The tiles of a bucket are tried in order; the first that fits runs. dQ is added to float32 sums
+// once per key tile, so key tiles are as wide as registers allow: 128, and 64 at head_dim 256.
 inline constexpr BackwardTile kBackwardTiles[] = {
     {64, 1, 2, 4, 64, 2},   // 97 KB: twice, or once within the 99 KB of 8.6 and 8.9
-    {64, 2, 2, 4, 64, 3},   //
     {128, 2, 2, 4, 64, 3},  // 193 KB
     {128, 2, 2, 4, 64, 2},  // 161 KB for the 163 KB of 8.0
     {128, 2, 1, 4, 32, 2},  // 76 KB for the 99 KB of 8.6 and 8.9
