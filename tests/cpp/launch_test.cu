@@ -283,6 +283,8 @@ int main(int argc, char** argv) {
     d.smem_per_block = smem;
     d.smem_per_sm = smem + 1024;
     for (DataType type : {DataType::kBFloat16, DataType::kFloat16}) {
+      // The dtype changes no address and no barrier: racecheck takes a second a launch.
+      if (type == DataType::kFloat16 && smem != device.smem_per_block) continue;
       for (int head_dim : {64, 40, 128, 256, 200}) {
         for (const Setting& setting : kSettings) {
           // One shape each, another for each dtype.
@@ -300,7 +302,8 @@ int main(int argc, char** argv) {
     for (int head_dim : {64, 40, 128, 256, 200}) {
       for (const Setting& setting : kSettings) {
         if (device.compute_capability != 90 || setting.segments || setting.slopes) continue;
-        for (const Shape& shape : kHopperShapes) {
+        for (int i = 0; i < 4; i += 2) {  // the other two with the other dtype
+          const Shape& shape = kHopperShapes[i + static_cast<int>(type)];
           if (problems++ % parts != part) continue;
           run(device, type, head_dim, shape, setting, __builtin_popcount(problems) % 2 == 0, 0);
           ++done;

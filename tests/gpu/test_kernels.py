@@ -74,7 +74,7 @@ def test_every_option_alone_changes_the_result(number, name):
         assert (without[result] != ours[result]).any()
 
 
-@pytest.mark.parametrize(("number", "options"), list(enumerate(option_sets(4))))
+@pytest.mark.parametrize(("number", "options"), list(enumerate(option_sets(6))))
 def test_every_pair_of_options(number, options):
     q_length, kv_length = LENGTHS[number % len(LENGTHS)]
     case = gpu_case(
