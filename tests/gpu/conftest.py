@@ -65,9 +65,11 @@ class _Collector:
             place[last] = value
 
 
-def pytest_sessionfinish(session: pytest.Session) -> None:
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     config = session.config
     option = config.option
+    if exitstatus not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
+        return  # cut short: not a whole run
     whole = not (option.keyword or option.markexpr or option.collectonly)
     whole = whole and not any("::" in a for a in config.args) and session.testscollected
     reporter = config.pluginmanager.get_plugin("terminalreporter")

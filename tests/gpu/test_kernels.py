@@ -65,8 +65,6 @@ def test_every_option_alone_changes_the_result(number, name):
     base = ("causal",) if name.startswith("offset") else ()
     inputs = gpu_case(*base, name, **shape).inputs()
     ours = check(inputs, name)
-    if name == "deterministic":
-        return
     bare = gpu_case(*base, **shape).inputs()
     bare = bare.replace(**{n: inputs.wrt[n] for n in ("query", "key", "value")})
     without = evaluate(bare)
@@ -206,13 +204,17 @@ def test_zero_sizes(shape, family):
 @pytest.mark.parametrize("head_dim", DIMS)
 @each_family
 def test_nan_past_the_lengths_does_not_leak(head_dim, family):
-    options = ("key_lengths", "query_lengths", "deterministic")
-    inputs = gpu_case(*options, length=200, head_dim=head_dim).inputs()
+    length = (
+        200 if head_dim < 256 else 120
+    )  # two key tiles: their order does not matter
+    inputs = gpu_case(
+        "key_lengths", "query_lengths", length=length, head_dim=head_dim
+    ).inputs()
     clean = evaluate(inputs, family)
     nan = {}
     for name in ("query", "key", "value", "out", "lse"):
         side = "key_value" if name in ("key", "value") else "query"
-        past = jnp.arange(200)[None] >= inputs.fixed[f"{side}_seq_lengths"][:, None]
+        past = jnp.arange(length)[None] >= inputs.fixed[f"{side}_seq_lengths"][:, None]
         nan[name] = past[..., None, None] if name != "lse" else past[..., None]
 
     def poison(x, name):
@@ -236,6 +238,12 @@ def test_extreme_logits(head_dim, dtype, factor):
     check(inputs.replace(query=query, key=key), str(case))
 
 
+@pytest.mark.xfail(reason="dQ errs 2.2 times the baseline's error: sm80/NOTES.md")
+def test_rows_that_see_one_key_nearly_alone():
+    shape = dict(q_length=200, kv_length=333, head_dim=128, dtype="float16")
+    check(gpu_case("scale", **shape).inputs(seed=61))
+
+
 @pytest.mark.parametrize("scale", [0.0, -0.3])
 def test_scales_without_and_with_a_sign(scale):
     inputs = gpu_case("causal", "scale", head_dim=128, length=150).inputs()
@@ -245,7 +253,8 @@ def test_scales_without_and_with_a_sign(scale):
 @each_family
 def test_every_output_is_written(family):
     """Freed memory full of NaN is what results and workspace are made from."""
-    case = gpu_case("key_lengths", "deterministic", length=333, batch=(4,), head_dim=72)
+    shape = dict(q_length=333, kv_length=250, batch=(4,), head_dim=72)
+    case = gpu_case("key_lengths", **shape)
     inputs = case.inputs()
     want = evaluate(inputs, family)
     for _ in range(5):
