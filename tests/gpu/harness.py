@@ -1,6 +1,9 @@
 """What the GPU tests share: forward and backward of a case, and their judgement."""
 
 import functools
+import os
+import subprocess
+import sys
 from typing import Any
 
 import jax
@@ -8,7 +11,7 @@ import pytest
 
 from cases import OPTIONS, Case, Inputs, covering, results
 from compare import assert_follow_the_rule
-from jax_flash2 import flash_attention
+from jax_flash2 import _ffi, flash_attention
 
 FORCED = "cuda_sm80"
 # Every family of kernels that this GPU runs. On Hopper "cuda" takes the sm90 kernels where
@@ -88,3 +91,28 @@ def _compiled(family: str, static: tuple[tuple[str, Any], ...]) -> Any:
         return {"out": out, "lse": lse}
 
     return jax.jit(run)
+
+
+def check_command_buffers(program: str, *arguments: str) -> None:
+    """What the program prints last is the same with XLA's command buffers and without."""
+
+    def run(flags: str) -> str:
+        package = os.path.dirname(os.path.dirname(_ffi.__file__))
+        paths = [package, *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+        environment = os.environ | {"XLA_FLAGS": flags}
+        environment["PYTHONPATH"] = os.pathsep.join(p for p in paths if p)
+        environment["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
+        done = subprocess.run(
+            [sys.executable, "-c", program, *arguments],
+            env=environment,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        return done.stdout.split()[-1]
+
+    within = (
+        "--xla_gpu_enable_command_buffer=FUSION,CUSTOM_CALL "
+        "--xla_gpu_graph_min_graph_size=1"
+    )
+    assert run(within) == run("--xla_gpu_enable_command_buffer=")

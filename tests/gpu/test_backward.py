@@ -1,13 +1,16 @@
 """What is the backward's alone: determinism, one cotangent at a time, and what it lacks."""
 
-import os
-import subprocess
-import sys
-
 import jax
 import jax.numpy as jnp
 import pytest
-from harness import FORCED, check_families, each_family, evaluate, gpu_case
+from harness import (
+    FORCED,
+    check_command_buffers,
+    check_families,
+    each_family,
+    evaluate,
+    gpu_case,
+)
 
 from cases import Inputs, results
 from compare import assert_bitwise_equal, assert_follows_the_rule
@@ -126,24 +129,4 @@ print(total.hexdigest())
 
 def test_command_buffers_give_the_same_gradients():
     # dQ has the same bytes whatever the order of two summands, those of two key tiles.
-    def run(flags):
-        package = os.path.dirname(os.path.dirname(_ffi.__file__))
-        paths = [package, *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
-        environment = os.environ | {"XLA_FLAGS": flags}
-        environment["PYTHONPATH"] = os.pathsep.join(p for p in paths if p)
-        environment["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
-        done = subprocess.run(
-            [sys.executable, "-c", COMMAND_BUFFERS],
-            env=environment,
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
-        return done.stdout.split()[-1]
-
-    without = run("--xla_gpu_enable_command_buffer=")
-    within = run(
-        "--xla_gpu_enable_command_buffer=FUSION,CUSTOM_CALL "
-        "--xla_gpu_graph_min_graph_size=1"
-    )
-    assert within == without
+    check_command_buffers(COMMAND_BUFFERS)

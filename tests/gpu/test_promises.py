@@ -1,16 +1,20 @@
 """What holds of every call on a GPU: same bytes, no copies, graphs, refusals."""
 
 import functools
-import os
-import subprocess
-import sys
 import warnings
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from harness import FORCED, HOPPER, each_family, forward, gpu_case
+from harness import (
+    FORCED,
+    HOPPER,
+    check_command_buffers,
+    each_family,
+    forward,
+    gpu_case,
+)
 
 from compare import assert_bitwise_equal
 from jax_flash2 import _ffi, flash_attention
@@ -155,27 +159,7 @@ print(total.hexdigest())
 
 @each_family
 def test_command_buffers_give_the_same_bytes(family):
-    def run(flags):
-        package = os.path.dirname(os.path.dirname(_ffi.__file__))
-        paths = [package, *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
-        environment = os.environ | {"XLA_FLAGS": flags}
-        environment["PYTHONPATH"] = os.pathsep.join(p for p in paths if p)
-        environment["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
-        done = subprocess.run(
-            [sys.executable, "-c", COMMAND_BUFFERS, family],
-            env=environment,
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
-        return done.stdout.split()[-1]
-
-    without = run("--xla_gpu_enable_command_buffer=")
-    within = run(
-        "--xla_gpu_enable_command_buffer=FUSION,CUSTOM_CALL "
-        "--xla_gpu_graph_min_graph_size=1"
-    )
-    assert within == without
+    check_command_buffers(COMMAND_BUFFERS, family)
 
 
 # -------------------------------------------------------------- the handler's own refusals
