@@ -135,7 +135,7 @@ def parity(results: dict[str, Any]) -> str:
     for impl, title in TRAINED.items():
         if impl not in runs:
             continue
-        run, far = runs[impl], impl != "reference"
+        run, far = runs[impl], impl != "reference" and "reference" in runs
         lines.append(
             [
                 title,
@@ -251,7 +251,7 @@ def plot_parity(folder: Path) -> None:
             above.plot(
                 steps, runs[impl][which], color=f"C{n}", label=label, linewidth=1
             )
-            if impl != "reference":
+            if impl != "reference" and "reference" in runs:
                 below.plot(steps, strays(runs, impl, which), color=f"C{n}")
         for ax in (above, below):
             ax.grid(alpha=0.3)
