@@ -173,13 +173,6 @@ def rows(sizes: Sizes, x: jax.Array) -> jax.Array:
     return x[:, :, : sizes.q_length]
 
 
-def take_rows(
-    arrays: dict[str, jax.Array], names: tuple[str, ...], i: jax.Array, size: int
-) -> dict[str, jax.Array]:
-    """The part of each array of query rows that belongs to query block ``i``."""
-    return {name: block(arrays[name], 1, i, size) for name in names if name in arrays}
-
-
 def block(x: jax.Array, axis: int, index: jax.Array, size: int) -> jax.Array:
     return lax.dynamic_slice_in_dim(x, index * size, size, axis)
 

@@ -31,28 +31,9 @@ __device__ __forceinline__ void store_peer(uint32_t peer, uint32_t value) {
   asm volatile("st.shared::cluster.b32 [%0], %1;" ::"r"(peer), "r"(value) : "memory");
 }
 
-// Releases this thread's ordinary stores to the cluster. Compiles to a memory barrier and a cache
-// invalidation: 30 % of the speed if done in a main loop.
-__device__ __forceinline__ void mbarrier_arrive_peer_release(uint32_t peer_barrier) {
-  asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(peer_barrier)
-               : "memory");
-}
-
 // Enough for stages that only TMA writes and only wgmma reads.
 __device__ __forceinline__ void mbarrier_arrive_peer(uint32_t peer_barrier) {
   asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(peer_barrier) : "memory");
-}
-
-// mbarrier_test that also acquires what blocks of the cluster released.
-__device__ __forceinline__ bool mbarrier_test_cluster(uint32_t barrier, uint32_t parity) {
-  uint32_t over;
-  asm volatile(
-      "{\n.reg .pred p;\nmbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n"
-      "selp.u32 %0, 1, 0, p;\n}"
-      : "=r"(over)
-      : "r"(barrier), "r"(parity)
-      : "memory");
-  return over != 0;
 }
 
 }  // namespace flash2::ptx

@@ -77,15 +77,6 @@ __device__ __forceinline__ void tma_store(const CUtensorMap* map, uint32_t share
 
 // --- Without a tensor map: addresses and sizes are multiples of 16 bytes
 
-__device__ __forceinline__ void bulk_load(uint32_t shared, const void* global, uint32_t bytes,
-                                          uint32_t barrier) {
-  asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
-          "r"(shared),
-      "l"(global), "r"(bytes), "r"(barrier)
-      : "memory");
-}
-
 __device__ __forceinline__ void bulk_store(void* global, uint32_t shared, uint32_t bytes) {
   asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(global),
                "r"(shared), "r"(bytes)
