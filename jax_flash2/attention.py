@@ -96,7 +96,7 @@ def flash_attention(
         (batch, head, row, column): the same on any mesh, backend, forward and backward.
         Under vmap an unmapped key gives every element the same mask.
       deterministic_backward: the gradient has the same bytes on every run (the forward
-        always has). On CUDA it runs in plain JAX: the kernels' own is held back.
+        always has).
       forward_mode: makes `jax.jvp`, `linearize` and `jacfwd` work, and gradients of
         them. Without it they raise a TypeError from JAX, because reverse mode is a
         `jax.custom_vjp`; Hessian-vector products as jvp or grad of a grad work either

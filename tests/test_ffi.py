@@ -270,9 +270,3 @@ def test_backward_lacks_what_the_forward_lacks_but_for_the_largest_logit():
     assert _ffi.backward_lack(spec, operands(), ()) is None
     spec = AttentionSpec(dropout_rate=0.5)
     assert "dropout" in _ffi.backward_lack(spec, operands(), ())
-
-
-def test_deterministic_backward_is_held_back():
-    spec = AttentionSpec(deterministic_backward=True)
-    assert "held back" in _ffi.backward_lack(spec, operands(), ())
-    assert _ffi.forward_lack(spec, operands()) is None

@@ -49,6 +49,14 @@ __device__ __forceinline__ void mbarrier_wait(uint32_t barrier, uint32_t parity)
   }
 }
 
+// For a warp whose first lane then does what brings the barrier's next phases: its lanes leave
+// together. Otherwise the first may run ahead, and those that look only after one phase more see
+// the parity they wait for as not yet over, for ever.
+__device__ __forceinline__ void mbarrier_wait_warp(uint32_t barrier, uint32_t parity) {
+  mbarrier_wait(barrier, parity);
+  __syncwarp();
+}
+
 // --- Compute capability 9.0
 
 // Makes fresh barriers visible to the TMA unit and the cluster; a barrier of the block follows.

@@ -40,7 +40,7 @@ struct BackwardProducer {
     uint32_t parity = 1;  // of `empty` of K and V
     bool fresh = true;
     for (uint32_t number = blockIdx.x;;) {
-      ptx::mbarrier_wait(smem.tile_empty(ring.stage), ring.parity ^ 1);
+      ptx::mbarrier_wait_warp(smem.tile_empty(ring.stage), ring.parity ^ 1);
       Tile& tile = tiles[ring.stage];
       if (number < count) {
         const Tile made(params, number, kT.masked);
@@ -98,7 +98,7 @@ struct BackwardProducer {
   __device__ __forceinline__ void load_kv(const CUtensorMap& map, uint32_t target, uint32_t full,
                                           uint32_t empty, uint32_t parity, const Tile& tile,
                                           const Strides& stride) {
-    ptx::mbarrier_wait(empty, parity);
+    ptx::mbarrier_wait_warp(empty, parity);
     if (!leader) return;
     const int batch = stride.batch == 0 ? 0 : tile.batch;
     ptx::mbarrier_arrive_expect(full, kT.kv_bytes());
@@ -114,7 +114,7 @@ struct BackwardProducer {
                                             const CUtensorMap& per_row, uint32_t per_row_target,
                                             const Tile& tile, int head, int query_tile,
                                             const Strides& stride) {
-    ptx::mbarrier_wait(empty, ring.parity ^ 1);
+    ptx::mbarrier_wait_warp(empty, ring.parity ^ 1);
     ring.next();
     if (!leader) return;
     const int batch = stride.batch == 0 ? 0 : tile.batch;

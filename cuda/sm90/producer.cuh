@@ -63,7 +63,7 @@ struct Producer {
   }
 
   __device__ __forceinline__ Work take_tile() {
-    ptx::mbarrier_wait(smem.tile_full(tile_ring.stage), tile_ring.parity);
+    ptx::mbarrier_wait_warp(smem.tile_full(tile_ring.stage), tile_ring.parity);
     const Work work = Work::load(smem.tile(tile_ring.stage));
     ptx::mbarrier_arrive(smem.tile_empty(tile_ring.stage));
     tile_ring.next();
@@ -74,7 +74,7 @@ struct Producer {
     const int batch = params.problem.query_stride.batch == 0 ? 0 : work.batch;
     for (int c = 0; c < kT.consumers; ++c) {
       const uint32_t full = smem.q_full(q_ring.stage, c);
-      ptx::mbarrier_wait(smem.q_empty(q_ring.stage, c), q_ring.parity ^ 1);
+      ptx::mbarrier_wait_warp(smem.q_empty(q_ring.stage, c), q_ring.parity ^ 1);
       if (leader) {
         ptx::mbarrier_arrive_expect(full, kT.q_bytes());
         for (int panel = 0; panel < kPanels; ++panel) {
@@ -103,7 +103,7 @@ struct Producer {
                                           uint32_t empty, uint32_t parity, const Work& work,
                                           int step, int64_t batch_stride) {
     const int batch = batch_stride == 0 ? 0 : work.batch;
-    ptx::mbarrier_wait(empty, parity ^ 1);
+    ptx::mbarrier_wait_warp(empty, parity ^ 1);
     if (leader) {
       ptx::mbarrier_arrive_expect(full, kT.kv_bytes());
 #pragma unroll

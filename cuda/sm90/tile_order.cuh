@@ -29,7 +29,7 @@ struct Scheduler {
     uint32_t wanted = 0;
     if (schedule.next != nullptr && leader) schedule.next->join(schedule.key);
     while (tile < schedule.tiles) {
-      ptx::mbarrier_wait(smem.tile_wanted(), wanted);
+      ptx::mbarrier_wait_warp(smem.tile_wanted(), wanted);
       wanted ^= 1;
       if (schedule.next == nullptr) {
         tile += gridDim.x;
@@ -38,7 +38,7 @@ struct Scheduler {
         tile = __shfl_sync(~0u, tile, 0);
       }
       ring.next();
-      ptx::mbarrier_wait(smem.tile_empty(ring.stage), ring.parity ^ 1);
+      ptx::mbarrier_wait_warp(smem.tile_empty(ring.stage), ring.parity ^ 1);
       write(tile, ring.stage);
       if (leader) ptx::mbarrier_arrive(smem.tile_full(ring.stage));
     }

@@ -22,7 +22,7 @@ each_family = pytest.mark.parametrize("family", FAMILIES)
 # What the kernels do not take, and `flash_attention` runs in plain JAX.
 UNSUPPORTED = {
     *("mask", "mask_of_keys", "bias", "bias_of_heads", "bias_masking"),
-    *("dropout", "max_logit", "deterministic"),
+    *("dropout", "max_logit"),
 }
 SUPPORTED = tuple(name for name in OPTIONS if name not in UNSUPPORTED)
 

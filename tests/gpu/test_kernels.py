@@ -65,6 +65,8 @@ def test_every_option_alone_changes_the_result(number, name):
     base = ("causal",) if name.startswith("offset") else ()
     inputs = gpu_case(*base, name, **shape).inputs()
     ours = check(inputs, name)
+    if name == "deterministic":
+        return
     bare = gpu_case(*base, **shape).inputs()
     bare = bare.replace(**{n: inputs.wrt[n] for n in ("query", "key", "value")})
     without = evaluate(bare)
@@ -204,17 +206,13 @@ def test_zero_sizes(shape, family):
 @pytest.mark.parametrize("head_dim", DIMS)
 @each_family
 def test_nan_past_the_lengths_does_not_leak(head_dim, family):
-    length = (
-        200 if head_dim < 256 else 120
-    )  # two key tiles: their order does not matter
-    inputs = gpu_case(
-        "key_lengths", "query_lengths", length=length, head_dim=head_dim
-    ).inputs()
+    options = ("key_lengths", "query_lengths", "deterministic")
+    inputs = gpu_case(*options, length=200, head_dim=head_dim).inputs()
     clean = evaluate(inputs, family)
     nan = {}
     for name in ("query", "key", "value", "out", "lse"):
         side = "key_value" if name in ("key", "value") else "query"
-        past = jnp.arange(length)[None] >= inputs.fixed[f"{side}_seq_lengths"][:, None]
+        past = jnp.arange(200)[None] >= inputs.fixed[f"{side}_seq_lengths"][:, None]
         nan[name] = past[..., None, None] if name != "lse" else past[..., None]
 
     def poison(x, name):
@@ -255,8 +253,7 @@ def test_scales_without_and_with_a_sign(scale):
 @each_family
 def test_every_output_is_written(family):
     """Freed memory full of NaN is what results and workspace are made from."""
-    shape = dict(q_length=333, kv_length=250, batch=(4,), head_dim=72)
-    case = gpu_case("key_lengths", **shape)
+    case = gpu_case("key_lengths", "deterministic", length=333, batch=(4,), head_dim=72)
     inputs = case.inputs()
     want = evaluate(inputs, family)
     for _ in range(5):
