@@ -23,6 +23,10 @@ os.environ["XLA_FLAGS"] = (
     f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_autotune_level=0"
 )
 
+# A kernel that hangs holds the main thread inside the runtime: only another thread can end
+# the process, and with pytest-xdist the other tests go on in a new one.
+_HANGS_AFTER_S = 150
+
 _FACTS = pytest.StashKey[dict[str, Any]]()
 _PREFIX = "receipt"
 
@@ -39,6 +43,12 @@ def pytest_configure(config: pytest.Config) -> None:
 def facts(record_property: Callable[[str, object], None]) -> Callable[..., None]:
     """What a test adds to the receipt: ``facts(tool, name, value)``."""
     return lambda *keys_and_value: record_property(_PREFIX, keys_and_value)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.get_closest_marker("timeout") is None:
+            item.add_marker(pytest.mark.timeout(_HANGS_AFTER_S, method="thread"))
 
 
 @pytest.hookimpl(tryfirst=True)

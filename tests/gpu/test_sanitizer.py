@@ -20,6 +20,11 @@ TOOLS = ("memcheck", "racecheck", "synccheck")
 PARTS = 6
 
 
+# Of one process under a tool, or of one run without: whatever takes longer hangs.
+SANITIZER_S, ALONE_S = 600, 60
+pytestmark = pytest.mark.timeout(SANITIZER_S + 60, method="thread")
+
+
 def build_program(build: Path, *options: str) -> str:
     configure = ["cmake", "-S", str(ROOT), "-B", str(build), *options]
     configure += ["-DJAX_FLASH2_CUDA=on", "-DJAX_FLASH2_TESTS=ON"]
@@ -52,6 +57,7 @@ def sanitize(tool: str, *command: str) -> tuple[int, str]:
         [sanitizer, "--tool", tool, "--print-limit", "20", *command],
         capture_output=True,
         text=True,
+        timeout=SANITIZER_S,
     )
     text = done.stdout + done.stderr
     found = re.findall(r"(?:ERROR SUMMARY|RACECHECK SUMMARY): (\d+)", text)
@@ -79,7 +85,9 @@ def test_kernels_are_clean(tool, program, facts):
 
 def test_delays_at_barriers_give_the_same_bytes(program, perturbed):
     def results(command: str) -> str:
-        done = subprocess.run([command], capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            [command], capture_output=True, text=True, check=True, timeout=ALONE_S
+        )
         (found,) = re.findall(r"^results (\w{16})$", done.stdout, re.MULTILINE)
         return found
 
