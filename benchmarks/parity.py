@@ -8,8 +8,9 @@ reference. How far a run strays from the float32 one is what its precision costs
   python benchmarks/parity.py                            two minutes on an H100
   python benchmarks/parity.py --preset smoke --steps 20  the model to try it with on a CPU
 
-Loss and gradient norm of every step, and milliseconds a step, go to
-benchmarks/results/<gpu>/parity.json, which benchmarks/report.py plots.
+Loss and gradient norm of every step, milliseconds a step, and how many of them the
+kernels of attention took, go to benchmarks/results/<gpu>/parity.json, which
+benchmarks/report.py plots. Runs that the file holds of the same configuration stay.
 """
 
 import argparse
@@ -37,6 +38,10 @@ from gpt.training import State, Trainer
 EXACT = "reference"
 # Steps that are timed together: enough to hide the host, few enough for a median.
 TIMED = 20
+# Steps whose kernels are recorded, after the others; and names of attention's kernels, ours
+# and cuDNN's. XLA's own attention is not told apart from the rest.
+RECORDED = 10
+ATTENTION = ("flash2", "sdpa", "flash_fprop", "flash_bprop")
 
 
 def config(a: argparse.Namespace, corpus: Corpus, attention: str) -> Config:
@@ -64,8 +69,8 @@ def config(a: argparse.Namespace, corpus: Corpus, attention: str) -> Config:
     )
 
 
-def train(c: Config, corpus: Corpus, params: Any) -> dict[str, Any]:
-    """Losses and gradient norms of every step, and milliseconds a step."""
+def train(c: Config, corpus: Corpus, params: Any, timed: bool) -> dict[str, Any]:
+    """Losses and gradient norms of every step, and if ``timed`` what a step takes."""
     # float32 means float32: left alone, a GPU would multiply in TensorFloat-32.
     precision = "highest" if c.attention == EXACT else None
     with jax.default_matmul_precision(precision):
@@ -88,12 +93,31 @@ def train(c: Config, corpus: Corpus, params: Any) -> dict[str, Any]:
                 times.append((now - began) / (i - (i - 1) // TIMED * TIMED) * 1e3)
                 began = now
     found = jax.device_get(found)
-    return {
+    run = {
         "loss": [float(m.loss) for m in found],
         "grad_norm": [float(m.grad_norm) for m in found],
-        "step_ms": round(median(times), 3),
         "dtype": c.dtype,
     }
+    if timed:
+        run["step_ms"] = round(median(times), 3)
+        if jax.default_backend() == "gpu":
+            run |= kernels(step, state, batches[:RECORDED])
+    return run
+
+
+def kernels(step: Any, state: Any, batches: list[np.ndarray]) -> dict[str, float]:
+    """Milliseconds of a step in which kernels ran, and in which attention's did."""
+    with _device.recorded(lambda: jax.block_until_ready(state)) as seen:
+        for tokens in batches:
+            state, _ = step(state, tokens)
+    attention = sum(
+        ms for name, ms in seen.timings if any(word in name for word in ATTENTION)
+    )
+    whole = sum(ms for _, ms in seen.timings)
+    found = {"kernels_ms": round(whole / len(batches), 3)}
+    if attention:
+        found["attention_ms"] = round(attention / len(batches), 3)
+    return found
 
 
 def main() -> None:
@@ -107,6 +131,9 @@ def main() -> None:
     p.add_argument("--batch", type=int, default=2)
     p.add_argument("--length", type=int, help="default: the preset's")
     p.add_argument("--seed", type=int, default=0)
+    p.add_argument(
+        "--untimed", action="store_true", help="other work shares the device"
+    )
     p.add_argument("--out", type=Path, help="default: results/<gpu>/parity.json")
     p.add_argument("--commit", default=None, help="where the tree is no git checkout")
     a = p.parse_args()
@@ -119,27 +146,29 @@ def main() -> None:
     corpus = load(STANDARD_LIBRARY, a.length or PRESETS[a.preset].length)
     first = Trainer(config(a, corpus, EXACT), scan=True)
     params = first.init(jax.random.key(a.seed)).params
-    runs = {}
+    runs, commit = {}, a.commit or _results.commit()
     for name in a.impls:
         began = time.perf_counter()
-        runs[name] = train(config(a, corpus, name), corpus, params)
+        run = train(config(a, corpus, name), corpus, params, not a.untimed)
         print(
-            f"{name:10} loss {runs[name]['loss'][0]:.4f} -> {runs[name]['loss'][-1]:.4f}, "
-            f"{runs[name]['step_ms']:.1f} ms a step, "
-            f"{time.perf_counter() - began:.0f} s in all",
+            f"{name:10} loss {run['loss'][0]:.4f} -> {run['loss'][-1]:.4f}, "
+            + (f"{run['step_ms']:.1f} ms a step, " if "step_ms" in run else "")
+            + f"{time.perf_counter() - began:.0f} s in all",
             flush=True,
         )
+        runs[name] = run | {"date": _results.today(), "commit": commit}
     settings = dataclasses.asdict(config(a, corpus, EXACT))
     for name in ("dtype", "attention"):
         del settings[name]
     meta = machine | {
         "versions": _results.versions(),
-        "date": _results.today(),
-        "commit": a.commit or _results.commit(),
         "parameters": first.num_params,
     }
     out = a.out or _results.FOLDER / folder / "parity.json"
     out.parent.mkdir(parents=True, exist_ok=True)
+    old = _results.read(out)
+    if (old.get("meta"), old.get("config")) == (meta, settings):
+        runs = old["runs"] | runs
     lines = ",\n".join(f" {json.dumps(n)}: {json.dumps(r)}" for n, r in runs.items())
     out.write_text(
         f'{{"meta": {json.dumps(meta)},\n"config": {json.dumps(settings)},\n'

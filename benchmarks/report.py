@@ -142,7 +142,8 @@ def parity(results: dict[str, Any]) -> str:
                 f"{sum(run['loss'][-20:]) / len(run['loss'][-20:]):.4f}",
                 f"{strays(runs, impl, 'loss')[-1]:.4f}" if far else "",
                 f"{strays(runs, impl, 'grad_norm')[-1]:.4f}" if far else "",
-                f"{run['step_ms']:.1f}",
+                f"{run['step_ms']:.1f}" if "step_ms" in run else "",
+                _share(run),
             ]
         )
     head = [
@@ -151,8 +152,15 @@ def parity(results: dict[str, Any]) -> str:
         "loss strays by",
         "gradient norm by",
         "ms a step",
+        "of its kernels' time, attention",
     ]
     return table(head, lines)
+
+
+def _share(run: dict[str, Any]) -> str:
+    if "attention_ms" not in run:
+        return ""
+    return f"{100 * run['attention_ms'] / run['kernels_ms']:.0f} %"
 
 
 def about(results: dict[str, Any]) -> str:
@@ -160,7 +168,9 @@ def about(results: dict[str, Any]) -> str:
     machine = meta.get("gpu") or meta.get("cpu")
     driver = [f"driver {meta['driver']}"] if "driver" in meta else []
     versions = [f"{k} {v}" for k, v in meta["versions"].items()]
-    return ", ".join([machine, *driver, *versions, meta["date"]]) + "\n"
+    runs = results.get("runs", {}).values()
+    date = max((run["date"] for run in runs), default=meta.get("date"))
+    return ", ".join([machine, *driver, *versions, date]) + "\n"
 
 
 def block(name: str) -> str:

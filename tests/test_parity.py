@@ -14,7 +14,7 @@ pytest.importorskip("flax")
 pytest.importorskip("optax")
 
 
-def test_runs_start_alike_and_stay_together(tmp_path):
+def test_runs_of_two_calls_start_alike_and_stay_together(tmp_path):
     out = tmp_path / "parity.json"
     command = [
         sys.executable,
@@ -23,12 +23,13 @@ def test_runs_start_alike_and_stay_together(tmp_path):
         str(out),
     ]
     command += ["--preset", "smoke", "--steps", "8", "--batch", "2", "--commit", "none"]
-    command += ["--impls", "flash2", "xla", "reference"]
     paths = os.pathsep.join(p for p in sys.path if p)
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": paths}
-    subprocess.run(command, check=True, env=environment, timeout=300)
+    for more in (["--impls", "flash2", "xla"], ["--impls", "reference", "--untimed"]):
+        subprocess.run([*command, *more], check=True, env=environment, timeout=300)
     runs = json.loads(out.read_text())["runs"]
     assert list(runs) == ["flash2", "xla", "reference"]
+    assert [name for name in runs if "step_ms" in runs[name]] == ["flash2", "xla"]
     for name in ("loss", "grad_norm"):
         exact = runs["reference"][name]
         for run in runs.values():
