@@ -26,13 +26,17 @@ __device__ __forceinline__ float cap_score(float x, float cap) {
   return cap - __fdividef(2.0f * cap, 1.0f + ptx::exp2(x * (2.0f * kLog2E / cap)));
 }
 
-// A row's exponentials subtract not its maximum but a value at most this far below it (in powers
-// of two), so that output and sum are seldom rescaled: 2^8 harms neither float16 nor float32.
-inline constexpr float kSlack = 8.0f;
+// A row's exponentials subtract not its maximum but a value that may lag behind it, so that output
+// and sum are seldom rescaled; at most by 2^8, which harms neither float16 nor float32. The
+// maximum's own probability, which is 1 without a lag, is rounded to 16 bits with it. In a row
+// that sees one key nearly alone that would be most of the gradients' error (delta takes it
+// there), so the value lags only while the row's sum is no less than that probability: a key that
+// makes up more than half of its row has a probability of exactly 1.
+inline constexpr float kMaxLag = 8.0f;
 
 template <int kRows>
 struct OnlineSoftmax {
-  float max[kRows];  // of the raw scores seen so far, or up to kSlack below it; -inf: none seen
+  float max[kRows];  // of the raw scores seen so far, or behind it (`kMaxLag`); -inf: none seen
   float sum[kRows];  // of this thread's columns only; joined over the quad by `finish`
 
   __device__ __forceinline__ OnlineSoftmax() {
@@ -50,17 +54,20 @@ struct OnlineSoftmax {
   __device__ __forceinline__ void raise(const float (&largest)[kRows], float factor,
                                         Rescale rescale) {
     float m[kRows];
-    bool moved = false;
+    bool wanted[kRows];
+    bool any = false;
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
       m[r] = fmaxf(largest[r], __shfl_xor_sync(~0u, largest[r], 1));
       m[r] = fmaxf(m[r], __shfl_xor_sync(~0u, m[r], 2));
-      moved |= moves(r, m[r], factor);
+      wanted[r] = wants_to_move(r, m[r], factor);
+      any |= wanted[r];
     }
-    if (!__any_sync(~0u, moved)) return;
+    if (!__any_sync(~0u, any)) return;
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
-      const float next = moves(r, m[r], factor) ? m[r] : max[r];
+      const uint32_t quad = __ballot_sync(~0u, wanted[r]) >> (threadIdx.x & 28) & 15;
+      const float next = quad != 0 ? m[r] : max[r];
       const float decay = ptx::exp2(base_of(max[r], factor) - base_of(next, factor));  // or 1
       max[r] = next;
       sum[r] *= decay;
@@ -68,9 +75,11 @@ struct OnlineSoftmax {
     }
   }
 
-  // False where both are -inf.
-  __device__ __forceinline__ bool moves(int row, float m, float factor) const {
-    return fmaf(m, factor, -max[row] * factor) > kSlack;
+  // By this thread's part of the sum, times 4: the row moves if any of its four threads wants it
+  // to, so all of them have seen at least as much. False where m and max are -inf.
+  __device__ __forceinline__ bool wants_to_move(int row, float m, float factor) const {
+    const float lag = fminf(fmaxf(ptx::log2(sum[row]) + 2.0f, 0.0f), kMaxLag);
+    return fmaf(m, factor, -max[row] * factor) > lag;
   }
   // What the row's exponentials subtract.
   __device__ __forceinline__ float base(int row, float factor) const {

@@ -38,6 +38,13 @@ __device__ __forceinline__ float exp2(float x) {
   return y;
 }
 
+// Likewise; of 0 it is -inf. PTX ISA 9.7.3, lg2.
+__device__ __forceinline__ float log2(float x) {
+  float y;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 // Two floats rounded to nearest even and packed, `low` in the low half. PTX ISA 9.7.9, cvt.
 template <DataType kType>
 __device__ __forceinline__ uint32_t pack(float low, float high) {
