@@ -57,8 +57,13 @@ __device__ __forceinline__ void consume(const BackwardParams& params,
   const auto release = [&](uint32_t barrier) {
     if (lane == 0) ptx::mbarrier_arrive(barrier);
   };
-  const auto wait_dquery_buffer = [&] {
-    ptx::mbarrier_wait(smem.dquery_empty(consumer), dquery_parity);
+  const auto wait_dquery_buffer = [&] { ptx::mbarrier_wait(smem.dquery_empty(), dquery_parity); };
+  // To the storer whose turn it is: they take every second step each, as dS has every second
+  // buffer.
+  const auto hand_over = [&] {
+    ptx::fence_async_shared();
+    __syncwarp();
+    release(smem.dquery_full(ds_stage));
   };
 
   // One query tile. kCut: some row of it does not see some key.
@@ -141,9 +146,7 @@ __device__ __forceinline__ void consume(const BackwardParams& params,
           smem.dquery(consumer) + (warp * kBlocks + i) * 512 + lane * 16,
           words_of(dquery[4 * i], dquery[4 * i + 1], dquery[4 * i + 2], dquery[4 * i + 3]));
     }
-    ptx::fence_async_shared();
-    __syncwarp();
-    release(smem.dquery_full(consumer));
+    hand_over();
     ptx::wgmma_wait<0>();
     release(smem.query_empty(stage));
     ring.next();
@@ -212,9 +215,8 @@ __device__ __forceinline__ void consume(const BackwardParams& params,
     wait_dquery_buffer();
     dquery_parity ^= 1;
     store_rows<kType, kD>(dkey, smem.dquery(consumer), 64 * 128, warp, lane, scale);
-    ptx::fence_async_shared();
-    __syncwarp();
-    release(smem.dquery_full(consumer));
+    hand_over();
+    ds_stage ^= 1;
     release(smem.tile_empty(tile_ring.stage));
     tile_ring.next();
   }

@@ -63,17 +63,17 @@ struct BackwardMemory {
   __device__ __forceinline__ uint32_t dout_empty(uint32_t stage) const {
     return barrier(10 + stage);
   }
-  // One: of the key tile that the producer writes, and of each consumer's dQ.
+  // One: of the key tile that the producer writes.
   __device__ __forceinline__ uint32_t tile_full(uint32_t stage) const {
     return barrier(12 + stage);
   }
   __device__ __forceinline__ uint32_t tile_empty(uint32_t stage) const {
     return barrier(14 + stage);
   }
-  __device__ __forceinline__ uint32_t dquery_full(int consumer) const {
-    return barrier(16 + consumer);
-  }
-  __device__ __forceinline__ uint32_t dquery_empty(int consumer) const {
+  // One: of the dQ of both consumers; each storer has its own steps, and a `full` for them.
+  // Pair: each consumer's dQ has been added, and may be added.
+  __device__ __forceinline__ uint32_t dquery_full(int which) const { return barrier(16 + which); }
+  __device__ __forceinline__ uint32_t dquery_empty(int consumer = 0) const {
     return barrier(18 + consumer);
   }
   // Pair: of P^T on its way from one warpgroup to the other, and of the whole dS.
@@ -95,7 +95,7 @@ struct BackwardMemory {
       ptx::mbarrier_init(dout_empty(i), kT.blocks * kConsumerWarps);
       ptx::mbarrier_init(tile_full(i), 1);
       ptx::mbarrier_init(tile_empty(i), kConsumerWarps + kStorerWarps);
-      ptx::mbarrier_init(dquery_full(i), 4);  // a consumer's warps
+      ptx::mbarrier_init(dquery_full(i), kT.blocks == 1 ? kConsumerWarps : kConsumerWarps / 2);
       ptx::mbarrier_init(dquery_empty(i), 1);
     }
     ptx::mbarrier_init(p_full(), 4);

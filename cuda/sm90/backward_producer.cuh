@@ -129,12 +129,13 @@ struct BackwardProducer {
   }
 };
 
-// One thread per consumer: adds the consumer's half of dQ to the sums after every step, and stores
-// its rows of dK and dV after the last.
+// One thread each: the two take turns in adding the dQ of a step to the sums, and in storing the
+// dK and dV of a tile after its last step.
 //
 // The first key block that visits a query tile stores its dQ, so that nobody need write zeros
 // before; the others wait for its flag and add. If the sums must come out the same on every run,
-// each waits for all before it instead.
+// each waits for all before it instead. That round, from a look at the flag to its next value,
+// takes longer than a step, which is why there are two.
 template <int kTile>
 struct BackwardStorer {
   static constexpr BackwardTile kT = kBackwardTiles[kTile];
@@ -147,15 +148,14 @@ struct BackwardStorer {
   const BackwardParams& params;
   Memory smem;
   const Tile* tiles;
-  int consumer;
+  int which;
 
   __device__ __forceinline__ void run() const {
     const BackwardProblem& p = params.problem;
     const int group = p.heads_q / p.heads_kv;
-    const uint32_t full = smem.dquery_full(consumer), empty = smem.dquery_empty(consumer);
-    const uint32_t from = smem.dquery(consumer);
     uint32_t parity = 0;
     Ring<2> ring;
+    bool mine = which == 0;
     ptx::wait_prerequisites();  // before the first look at a flag
     for (;;) {
       ptx::mbarrier_wait(smem.tile_full(ring.stage), ring.parity);
@@ -165,59 +165,66 @@ struct BackwardStorer {
         const int64_t head_row = (int64_t{tile.batch} * p.heads_q + head) * params.rows_per_head;
 #pragma unroll 1
         for (int query_tile = tile.end - 1; query_tile >= tile.begin; --query_tile) {
-          const int64_t row = head_row + query_tile * kT.tile_q + (kByRows ? 64 * consumer : 0);
-          int32_t* flag = params.turns + row / 16 + (kByRows ? 0 : consumer);
-          const int before = kT.masked ? tile.visitors_before(p, query_tile) : tile.block;
-          if (before > 0) {  // asked for ahead of the data: mostly true long before
-            const int turn = p.deterministic ? before : 1;
-            while (ptx::load_acquire(flag) < turn) {
-            }
-            ptx::fence_async_global();
+          if (mine) {
+            add(tile, query_tile, head_row + query_tile * kT.tile_q, parity);
+            parity ^= 1;
           }
-          ptx::mbarrier_wait(full, parity);
-          parity ^= 1;
-          float* sums = params.dquery_sums + row * p.head_dim;
-          if (kT.transposed()) {
-            add(sums + 64 * kT.tile_q * consumer, from, kT.stage_bytes(), before == 0);
-          } else {
-            // Strips of 16 rows, one of each warp of the consumer: 8 blocks of 8 columns, or
-            // fewer.
-            const int first = kByRows ? 0 : 8 * consumer;
-            const int blocks = min(8, p.head_dim / 8 - first);
-            for (int strip = 0; blocks > 0 && strip < 4; ++strip) {
-              add(sums + 16 * strip * p.head_dim + first * 128, from + strip * 4096, blocks * 512,
-                  before == 0);
-            }
-          }
-          ptx::bulk_commit();
-          ptx::bulk_wait_read<0>();
-          ptx::mbarrier_arrive(empty);
-          if (before == 0 || p.deterministic) {
-            ptx::bulk_wait<0>();
-            ptx::fence_async_global();
-            ptx::add_release(flag, 1);
-          }
+          mine = !mine;
         }
       }
-      ptx::mbarrier_wait(full, parity);
-      parity ^= 1;
-      const int row = tile.first_key() + 64 * consumer;
-      for (int panel = 0; panel < kT.panels(); ++panel) {
-        ptx::tma_store(&maps.dvalue, smem.ds(panel) + consumer * Memory::kQueryPanel, panel * 64,
-                       row, tile.head_kv, tile.batch);
-        ptx::tma_store(&maps.dkey, from + panel * 64 * Memory::kRow, panel * 64, row, tile.head_kv,
-                       tile.batch);
-      }
-      ptx::bulk_commit();
+      if (mine) ptx::mbarrier_wait(smem.dquery_full(which), parity);
+      if (mine) store(tile);
       ptx::mbarrier_arrive(smem.tile_empty(ring.stage));
       ring.next();
-      ptx::bulk_wait_read<0>();
-      ptx::mbarrier_arrive(empty);
+      if (mine) {
+        ptx::bulk_wait_read<0>();
+        ptx::mbarrier_arrive(smem.dquery_empty());
+        parity ^= 1;
+      }
+      mine = !mine;
     }
     ptx::bulk_wait<0>();
   }
 
  private:
+  // The dQ of a step, whose first row is `row` of the workspace.
+  __device__ __forceinline__ void add(const Tile& tile, int query_tile, int64_t row,
+                                      uint32_t parity) const {
+    const BackwardProblem& p = params.problem;
+    int32_t* flag = params.turns + row / 16;
+    const int before = kT.masked ? tile.visitors_before(p, query_tile) : tile.block;
+    if (before > 0) {  // asked for ahead of the data: mostly true long before
+      const int turn = p.deterministic ? before : 1;
+      while (ptx::load_acquire(flag) < turn) {
+      }
+      ptx::fence_async_global();
+    }
+    ptx::mbarrier_wait(smem.dquery_full(which), parity);
+    float* sums = params.dquery_sums + row * p.head_dim;
+    for (int consumer = 0; consumer < 2; ++consumer) {
+      const uint32_t from = smem.dquery(consumer);
+      if (kT.transposed()) {
+        add(sums + 64 * kT.tile_q * consumer, from, kT.stage_bytes(), before == 0);
+      } else {
+        // Strips of 16 rows, one of each warp of the consumer: 8 blocks of 8 columns, or fewer.
+        const int first = kByRows ? 0 : 8 * consumer;
+        const int blocks = min(8, p.head_dim / 8 - first);
+        float* to = sums + (kByRows ? 64 * consumer * p.head_dim : 0) + first * 128;
+        for (int strip = 0; blocks > 0 && strip < 4; ++strip) {
+          add(to + 16 * strip * p.head_dim, from + strip * 4096, blocks * 512, before == 0);
+        }
+      }
+    }
+    ptx::bulk_commit();
+    ptx::bulk_wait_read<0>();
+    ptx::mbarrier_arrive(smem.dquery_empty());
+    if (before == 0 || p.deterministic) {
+      ptx::bulk_wait<0>();
+      ptx::fence_async_global();
+      ptx::add_release(flag, 1);
+    }
+  }
+
   static __device__ __forceinline__ void add(float* to, uint32_t from, uint32_t bytes,
                                              bool first) {
     if (first) {
@@ -225,6 +232,20 @@ struct BackwardStorer {
     } else {
       ptx::bulk_add(to, from, bytes);
     }
+  }
+
+  // dK and dV of a tile, of both consumers.
+  __device__ __forceinline__ void store(const Tile& tile) const {
+    for (int consumer = 0; consumer < 2; ++consumer) {
+      const int row = tile.first_key() + 64 * consumer;
+      for (int panel = 0; panel < kT.panels(); ++panel) {
+        ptx::tma_store(&maps.dvalue, smem.ds(panel) + consumer * Memory::kQueryPanel, panel * 64,
+                       row, tile.head_kv, tile.batch);
+        ptx::tma_store(&maps.dkey, smem.dquery(consumer) + panel * 64 * Memory::kRow, panel * 64,
+                       row, tile.head_kv, tile.batch);
+      }
+    }
+    ptx::bulk_commit();
   }
 };
 

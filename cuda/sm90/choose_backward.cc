@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstdlib>
 
 #include "sm90/backward_tiles.h"
 
@@ -49,16 +50,27 @@ void choose_tile(const BackwardProblem& p, BackwardPlan* plan) {
   }
 }
 
-int32_t section(const Device& device, const BackwardPlan& plan, int64_t heads, int32_t cached,
+int32_t section(const Device& device, const BackwardPlan& plan, int64_t heads, int64_t cached,
                 bool deterministic) {
   const int64_t workers = device.num_sms / kBackwardTiles[plan.variant].blocks;
-  // The longest tile must not take longer than a worker's share of the section, of which the mean
-  // tile is half as long: else the last section ends with one tile.
-  int64_t least = (2 * workers + plan.tiles_kv - 1) / plan.tiles_kv;
+  // The longest tile should not take longer than a worker's share of the section, of which the
+  // mean tile is half as long: else the last section ends with one tile.
+  int64_t target = std::max(cached, (2 * workers + plan.tiles_kv / 2) / plan.tiles_kv);
   // Where key tiles wait for their turn, some eight of a head should be at work at once: the last
   // of n begins n steps late.
-  if (deterministic) least = std::max(least, workers / 8);
-  return static_cast<int32_t>(std::min<int64_t>(heads, std::max<int64_t>(cached, least)));
+  if (deterministic) target = std::max(target, workers / 8);
+  // For the same reason no section should be much smaller than the others, the last one least of
+  // all: of the sizes about there, the one that divides the heads best.
+  target = std::min(heads, target);
+  int64_t best = target;
+  const auto last = [&](int64_t size) { return heads - (heads - 1) / size * size; };
+  for (int64_t size = target * 2 / 3; size <= std::min(heads, target * 3 / 2); ++size) {
+    if (size < 1) continue;
+    const int64_t better = last(size) * best - last(best) * size;  // as fractions of the size
+    const bool nearer = std::abs(size - target) < std::abs(best - target);
+    if (better > 0 || (better == 0 && nearer)) best = size;
+  }
+  return static_cast<int32_t>(best);
 }
 
 int64_t grid(const Device& device, const BackwardPlan& plan, int64_t tiles) {

@@ -14,7 +14,7 @@ void choose_tile(const BackwardProblem& problem, BackwardPlan* plan);
 
 // Of this many key heads, how many are walked together under a causal mask, where `cached` fit the
 // L2 cache.
-int32_t section(const Device& device, const BackwardPlan& plan, int64_t heads, int32_t cached,
+int32_t section(const Device& device, const BackwardPlan& plan, int64_t heads, int64_t cached,
                 bool deterministic);
 
 // Blocks of the main kernel for this many key tiles.
