@@ -35,6 +35,8 @@ struct BackwardMemory {
   __device__ __forceinline__ uint32_t dquery(int consumer) const {
     return ds(2) + consumer * kT.stage_bytes();
   }
+  // The float32 sums of a step's dQ, on their way to becoming dQ.
+  __device__ __forceinline__ uint32_t sums() const { return dquery(2); }
   // Pair: half of the columns of the other block's keys.
   __device__ __forceinline__ uint32_t other_key() const { return ds(1); }
   __device__ __forceinline__ uint32_t lse2(uint32_t stage) const {
@@ -70,16 +72,31 @@ struct BackwardMemory {
   __device__ __forceinline__ uint32_t tile_empty(uint32_t stage) const {
     return barrier(14 + stage);
   }
-  // One: of the dQ of both consumers; each storer has its own steps, and a `full` for them.
-  // Pair: each consumer's dQ has been added, and may be added.
-  __device__ __forceinline__ uint32_t dquery_full(int which) const { return barrier(16 + which); }
-  __device__ __forceinline__ uint32_t dquery_empty(int consumer = 0) const {
-    return barrier(18 + consumer);
+  // Of each consumer's dQ; where storers take every second step each, each has a `full` of its
+  // own. Pair: it has been added, and may be added.
+  __device__ __forceinline__ uint32_t dquery_full(int consumer, int storer = 0) const {
+    return barrier(16 + 2 * storer + consumer);
+  }
+  __device__ __forceinline__ uint32_t dquery_empty(int consumer) const {
+    return barrier(20 + consumer);
   }
   // Pair: of P^T on its way from one warpgroup to the other, and of the whole dS.
-  __device__ __forceinline__ uint32_t p_full() const { return barrier(20); }
-  __device__ __forceinline__ uint32_t ds_full() const { return barrier(21); }
-  __device__ __forceinline__ uint32_t ds_empty() const { return barrier(22); }
+  __device__ __forceinline__ uint32_t p_full() const { return barrier(22); }
+  __device__ __forceinline__ uint32_t ds_full() const { return barrier(23); }
+  __device__ __forceinline__ uint32_t ds_empty() const { return barrier(24); }
+
+  // Where there is a finisher: its sums, and what each storer leaves for it (backward_finish.cuh).
+  static constexpr int kPosts = 4;
+  __device__ __forceinline__ uint32_t sums_full() const { return barrier(25); }
+  __device__ __forceinline__ uint32_t post_full(int storer, uint32_t place) const {
+    return barrier(26 + kPosts * storer + place);
+  }
+  __device__ __forceinline__ uint32_t post_empty(int storer, uint32_t place) const {
+    return barrier(26 + kPosts * (2 + storer) + place);
+  }
+  __device__ __forceinline__ uint32_t post(int storer, uint32_t place) const {
+    return barrier(26 + 4 * kPosts) + 4 * (kPosts * storer + place);
+  }
 
   // By one thread; a barrier of the block (of the cluster) follows.
   __device__ __forceinline__ void init_barriers() const {
@@ -95,10 +112,16 @@ struct BackwardMemory {
       ptx::mbarrier_init(dout_empty(i), kT.blocks * kConsumerWarps);
       ptx::mbarrier_init(tile_full(i), 1);
       ptx::mbarrier_init(tile_empty(i), kConsumerWarps + kStorerWarps);
-      ptx::mbarrier_init(dquery_full(i), kT.blocks == 1 ? kConsumerWarps : kConsumerWarps / 2);
+      ptx::mbarrier_init(dquery_full(i, 0), 4);  // a consumer's warps
+      ptx::mbarrier_init(dquery_full(i, 1), 4);
       ptx::mbarrier_init(dquery_empty(i), 1);
     }
     ptx::mbarrier_init(p_full(), 4);
+    ptx::mbarrier_init(sums_full(), 1);
+    for (int i = 0; i < 2 * kPosts; ++i) {
+      ptx::mbarrier_init(post_full(i / kPosts, i % kPosts), 1);
+      ptx::mbarrier_init(post_empty(i / kPosts, i % kPosts), 1);
+    }
     ptx::mbarrier_init(ds_full(), 1);
     ptx::mbarrier_init(ds_empty(), kT.blocks * kConsumerWarps);
     ptx::mbarrier_init_fence();
@@ -106,7 +129,7 @@ struct BackwardMemory {
 
  private:
   __device__ __forceinline__ uint32_t barrier(uint32_t number) const {
-    return base + kT.smem_bytes() - 192 + 8 * number;
+    return base + kT.smem_bytes() - kT.barriers_bytes() + 8 * number;
   }
 };
 

@@ -9,6 +9,7 @@
 #include "ptx/mbarrier.cuh"
 #include "ptx/tma.cuh"
 #include "ptx/warpgroup.cuh"
+#include "sm90/backward_finish.cuh"
 #include "sm90/backward_kernels.h"
 #include "sm90/backward_memory.cuh"
 #include "sm90/backward_work.cuh"
@@ -80,9 +81,9 @@ struct BackwardProducer {
           load_kv(maps.key, smem.key(), smem.key_full(), smem.key_empty(), parity, tile,
                   p.key_stride);
         }
-        if (--query_tile < tile.begin) {
-          query_tile = tile.end - 1;
-          ++head;
+        if (++head == (tile.head_kv + 1) * group) {
+          head -= group;
+          --query_tile;
         }
       }
       fresh = false;
@@ -144,13 +145,13 @@ struct BackwardStorer {
   using Memory = BackwardMemory<kTile>;
   using Tile = KeyTile<kT.tile_q>;
 
-  const BackwardMaps& maps;
   const BackwardParams& params;
   Memory smem;
   const Tile* tiles;
   int which;
+  Ring<Memory::kPosts> posts;
 
-  __device__ __forceinline__ void run() const {
+  __device__ __forceinline__ void run(const BackwardMaps& maps) {
     const BackwardProblem& p = params.problem;
     const int group = p.heads_q / p.heads_kv;
     uint32_t parity = 0;
@@ -161,35 +162,48 @@ struct BackwardStorer {
       ptx::mbarrier_wait(smem.tile_full(ring.stage), ring.parity);
       const Tile& tile = tiles[ring.stage];
       if (tile.block < 0) break;
-      for (int head = tile.head_kv * group; head < (tile.head_kv + 1) * group; ++head) {
-        const int64_t head_row = (int64_t{tile.batch} * p.heads_q + head) * params.rows_per_head;
+      const int first_head = tile.batch * p.heads_q + tile.head_kv * group;
+      for (int query_tile = tile.end - 1; query_tile >= tile.begin; --query_tile) {
 #pragma unroll 1
-        for (int query_tile = tile.end - 1; query_tile >= tile.begin; --query_tile) {
+        for (int head = first_head; head < first_head + group; ++head) {
           if (mine) {
-            add(tile, query_tile, head_row + query_tile * kT.tile_q, parity);
+            add(tile, query_tile, int64_t{head} * params.rows_per_head + query_tile * kT.tile_q,
+                parity);
             parity ^= 1;
           }
           mine = !mine;
         }
       }
-      if (mine) ptx::mbarrier_wait(smem.dquery_full(which), parity);
-      if (mine) store(tile);
+      if (mine) store(maps, tile, parity);
       ptx::mbarrier_arrive(smem.tile_empty(ring.stage));
       ring.next();
       if (mine) {
         ptx::bulk_wait_read<0>();
-        ptx::mbarrier_arrive(smem.dquery_empty());
+        ptx::mbarrier_arrive(smem.dquery_empty(0));
+        ptx::mbarrier_arrive(smem.dquery_empty(1));
         parity ^= 1;
       }
       mine = !mine;
     }
+    if (finishes()) post(BackwardPost::kNoMore);
     ptx::bulk_wait<0>();
   }
 
  private:
+  __device__ __forceinline__ bool finishes() const {
+    return kT.finishes() && params.finish_inside;
+  }
+
+  __device__ __forceinline__ void post(uint32_t what) {
+    ptx::mbarrier_wait(smem.post_empty(which, posts.stage), posts.parity ^ 1);
+    ptx::store_shared(smem.post(which, posts.stage), what);
+    ptx::mbarrier_arrive(smem.post_full(which, posts.stage));
+    posts.next();
+  }
+
   // The dQ of a step, whose first row is `row` of the workspace.
   __device__ __forceinline__ void add(const Tile& tile, int query_tile, int64_t row,
-                                      uint32_t parity) const {
+                                      uint32_t parity) {
     const BackwardProblem& p = params.problem;
     int32_t* flag = params.turns + row / 16;
     const int before = kT.masked ? tile.visitors_before(p, query_tile) : tile.block;
@@ -199,9 +213,9 @@ struct BackwardStorer {
       }
       ptx::fence_async_global();
     }
-    ptx::mbarrier_wait(smem.dquery_full(which), parity);
     float* sums = params.dquery_sums + row * p.head_dim;
     for (int consumer = 0; consumer < 2; ++consumer) {
+      ptx::mbarrier_wait(smem.dquery_full(consumer, which), parity);
       const uint32_t from = smem.dquery(consumer);
       if (kT.transposed()) {
         add(sums + 64 * kT.tile_q * consumer, from, kT.stage_bytes(), before == 0);
@@ -214,14 +228,25 @@ struct BackwardStorer {
           add(to + 16 * strip * p.head_dim, from + strip * 4096, blocks * 512, before == 0);
         }
       }
+      ptx::bulk_commit();
     }
-    ptx::bulk_commit();
+    ptx::bulk_wait_read<1>();
+    ptx::mbarrier_arrive(smem.dquery_empty(0));
     ptx::bulk_wait_read<0>();
-    ptx::mbarrier_arrive(smem.dquery_empty());
-    if (before == 0 || p.deterministic) {
-      ptx::bulk_wait<0>();
-      ptx::fence_async_global();
+    ptx::mbarrier_arrive(smem.dquery_empty(1));
+    if (before > 0 && !p.deterministic && !finishes()) return;
+    ptx::bulk_wait<0>();
+    ptx::fence_async_global();
+    if (!finishes()) {
       ptx::add_release(flag, 1);
+      return;
+    }
+    // finishes_inside() has made sure that these are all.
+    const int blocks = static_cast<int>(params.tiles_kv);
+    const int visitors =
+        p.is_causal ? min(blocks, query_tile * kT.tile_q / Tile::kKeys + 1) : blocks;
+    if (ptx::add_acquire_release(flag, 1) + 1 == visitors) {
+      post(static_cast<uint32_t>(row / kT.tile_q));
     }
   }
 
@@ -235,8 +260,10 @@ struct BackwardStorer {
   }
 
   // dK and dV of a tile, of both consumers.
-  __device__ __forceinline__ void store(const Tile& tile) const {
+  __device__ __forceinline__ void store(const BackwardMaps& maps, const Tile& tile,
+                                        uint32_t parity) const {
     for (int consumer = 0; consumer < 2; ++consumer) {
+      ptx::mbarrier_wait(smem.dquery_full(consumer, which), parity);
       const int row = tile.first_key() + 64 * consumer;
       for (int panel = 0; panel < kT.panels(); ++panel) {
         ptx::tma_store(&maps.dvalue, smem.ds(panel) + consumer * Memory::kQueryPanel, panel * 64,

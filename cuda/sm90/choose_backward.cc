@@ -50,15 +50,31 @@ void choose_tile(const BackwardProblem& p, BackwardPlan* plan) {
   }
 }
 
+bool finishes_inside(const BackwardProblem& p, const BackwardPlan& plan) {
+  // How many key tiles add to a query tile must be plain to see, and be more than none.
+  const bool plain = p.window_left == kUnbounded && p.window_right == kUnbounded &&
+                     p.chunk_size == 0 && p.query_offset == 0 && !p.query_offset_operand.data &&
+                     !p.prefix_lengths.data && !p.query_seq_lengths.data &&
+                     !p.key_value_seq_lengths.data;
+  return plain && kBackwardTiles[plan.variant].finishes() && p.head_dim == plan.head_dim &&
+         !p.dscale_rows;
+}
+
 int32_t section(const Device& device, const BackwardPlan& plan, int64_t heads, int64_t cached,
                 bool deterministic) {
   const int64_t workers = device.num_sms / kBackwardTiles[plan.variant].blocks;
-  // The longest tile should not take longer than a worker's share of the section, of which the
-  // mean tile is half as long: else the last section ends with one tile.
-  int64_t target = std::max(cached, (2 * workers + plan.tiles_kv / 2) / plan.tiles_kv);
-  // Where key tiles wait for their turn, some eight of a head should be at work at once: the last
-  // of n begins n steps late.
-  if (deterministic) target = std::max(target, workers / 8);
+  const int64_t tiles = plan.tiles_kv;
+  // Some eight tiles of a head at work at once share its Q and dO, and wait little for their turn.
+  const int64_t eighth = std::max<int64_t>(workers / 8, 1);
+  int64_t target;
+  if (tiles <= eighth) {  // all of a head's tiles at once
+    target = std::max(eighth, (workers + tiles / 2) / tiles);
+  } else {
+    // The longest tile should not take longer than a worker's share of the section, of which the
+    // mean tile is half as long: else the last section ends with one tile.
+    target = std::max(cached, (2 * workers + tiles / 2) / tiles);
+    if (deterministic) target = std::max(target, eighth);
+  }
   // For the same reason no section should be much smaller than the others, the last one least of
   // all: of the sizes about there, the one that divides the heads best.
   target = std::min(heads, target);
