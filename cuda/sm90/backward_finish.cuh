@@ -16,7 +16,6 @@
 #include "sm90/backward_memory.cuh"
 #include "sm90/backward_scores.cuh"
 #include "sm90/output.cuh"
-#include "sm90/ring.cuh"
 
 namespace flash2::sm90 {
 
@@ -38,19 +37,20 @@ struct BackwardFinisher {
   // By a whole warp.
   __device__ __forceinline__ void run() const {
     const int lane = threadIdx.x % 32;
-    Ring<Memory::kPosts> posts[2];
+    uint32_t posts[2] = {0, 0};  // taken so far
     uint32_t parity = 0;
 #pragma unroll 1
     for (int storers = 2; storers > 0;) {
 #pragma unroll
       for (int storer = 0; storer < 2; ++storer) {
-        Ring<Memory::kPosts>& at = posts[storer];
-        const uint32_t full = smem.post_full(storer, at.stage);
-        if (!uniform(ptx::mbarrier_test(full, at.parity))) continue;
-        ptx::mbarrier_wait_warp(full, at.parity);
-        const uint32_t post = uniform(ptx::load_shared(smem.post(storer, at.stage)));
-        if (lane == 0) ptx::mbarrier_arrive(smem.post_empty(storer, at.stage));
-        at.next();
+        const uint32_t place = posts[storer] % Memory::kPosts;
+        const uint32_t full = smem.post_full(storer, place);
+        const uint32_t full_parity = posts[storer] / Memory::kPosts & 1;
+        if (!uniform(ptx::mbarrier_test(full, full_parity))) continue;
+        ptx::mbarrier_wait_warp(full, full_parity);
+        const uint32_t post = uniform(ptx::load_shared(smem.post(storer, place)));
+        if (lane == 0) ptx::mbarrier_arrive(smem.post_empty(storer, place));
+        ++posts[storer];
         if (post == BackwardPost::kNoMore) {
           --storers;
         } else {

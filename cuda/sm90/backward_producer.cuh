@@ -149,62 +149,58 @@ struct BackwardStorer {
   Memory smem;
   const Tile* tiles;
   int which;
-  Ring<Memory::kPosts> posts;
+  uint32_t step = 0;   // the gradients of a tile count as one
+  uint32_t posts = 0;  // left for the finisher so far
 
   __device__ __forceinline__ void run(const BackwardMaps& maps) {
     const BackwardProblem& p = params.problem;
     const int group = p.heads_q / p.heads_kv;
-    uint32_t parity = 0;
     Ring<2> ring;
-    bool mine = which == 0;
     ptx::wait_prerequisites();  // before the first look at a flag
     for (;;) {
       ptx::mbarrier_wait(smem.tile_full(ring.stage), ring.parity);
       const Tile& tile = tiles[ring.stage];
       if (tile.block < 0) break;
-      const int first_head = tile.batch * p.heads_q + tile.head_kv * group;
       for (int query_tile = tile.end - 1; query_tile >= tile.begin; --query_tile) {
 #pragma unroll 1
-        for (int head = first_head; head < first_head + group; ++head) {
-          if (mine) {
-            add(tile, query_tile, int64_t{head} * params.rows_per_head + query_tile * kT.tile_q,
-                parity);
-            parity ^= 1;
-          }
-          mine = !mine;
+        for (int head = 0; head < group; ++head, ++step) {
+          if (mine()) add(tile, query_tile, head + tile.head_kv * group);
         }
       }
-      if (mine) store(maps, tile, parity);
+      if (mine()) store(maps, tile);
       ptx::mbarrier_arrive(smem.tile_empty(ring.stage));
       ring.next();
-      if (mine) {
+      if (mine()) {
         ptx::bulk_wait_read<0>();
         ptx::mbarrier_arrive(smem.dquery_empty(0));
         ptx::mbarrier_arrive(smem.dquery_empty(1));
-        parity ^= 1;
       }
-      mine = !mine;
+      ++step;
     }
     if (finishes()) post(BackwardPost::kNoMore);
     ptx::bulk_wait<0>();
   }
 
  private:
+  __device__ __forceinline__ bool mine() const { return (step ^ which) % 2 == 0; }
+  __device__ __forceinline__ uint32_t parity() const { return step / 2 % 2; }
   __device__ __forceinline__ bool finishes() const {
     return kT.finishes() && params.finish_inside;
   }
 
   __device__ __forceinline__ void post(uint32_t what) {
-    ptx::mbarrier_wait(smem.post_empty(which, posts.stage), posts.parity ^ 1);
-    ptx::store_shared(smem.post(which, posts.stage), what);
-    ptx::mbarrier_arrive(smem.post_full(which, posts.stage));
-    posts.next();
+    const uint32_t place = posts % Memory::kPosts;
+    ptx::mbarrier_wait(smem.post_empty(which, place), ~(posts / Memory::kPosts) & 1);
+    ptx::store_shared(smem.post(which, place), what);
+    ptx::mbarrier_arrive(smem.post_full(which, place));
+    ++posts;
   }
 
-  // The dQ of a step, whose first row is `row` of the workspace.
-  __device__ __forceinline__ void add(const Tile& tile, int query_tile, int64_t row,
-                                      uint32_t parity) {
+  // The dQ of a step.
+  __device__ __forceinline__ void add(const Tile& tile, int query_tile, int head) {
     const BackwardProblem& p = params.problem;
+    const int64_t row =
+        (int64_t{tile.batch} * p.heads_q + head) * params.rows_per_head + query_tile * kT.tile_q;
     int32_t* flag = params.turns + row / 16;
     const int before = kT.masked ? tile.visitors_before(p, query_tile) : tile.block;
     if (before > 0) {  // asked for ahead of the data: mostly true long before
@@ -215,7 +211,7 @@ struct BackwardStorer {
     }
     float* sums = params.dquery_sums + row * p.head_dim;
     for (int consumer = 0; consumer < 2; ++consumer) {
-      ptx::mbarrier_wait(smem.dquery_full(consumer, which), parity);
+      ptx::mbarrier_wait(smem.dquery_full(consumer, which), parity());
       const uint32_t from = smem.dquery(consumer);
       if (kT.transposed()) {
         add(sums + 64 * kT.tile_q * consumer, from, kT.stage_bytes(), before == 0);
@@ -260,10 +256,9 @@ struct BackwardStorer {
   }
 
   // dK and dV of a tile, of both consumers.
-  __device__ __forceinline__ void store(const BackwardMaps& maps, const Tile& tile,
-                                        uint32_t parity) const {
+  __device__ __forceinline__ void store(const BackwardMaps& maps, const Tile& tile) const {
     for (int consumer = 0; consumer < 2; ++consumer) {
-      ptx::mbarrier_wait(smem.dquery_full(consumer, which), parity);
+      ptx::mbarrier_wait(smem.dquery_full(consumer, which), parity());
       const int row = tile.first_key() + 64 * consumer;
       for (int panel = 0; panel < kT.panels(); ++panel) {
         ptx::tma_store(&maps.dvalue, smem.ds(panel) + consumer * Memory::kQueryPanel, panel * 64,
