@@ -133,16 +133,6 @@ __device__ __forceinline__ int load_acquire(const int* address) {
   return value;
 }
 
-// Returns what was there. PTX ISA 9.7.13, atom.acq_rel.
-__device__ __forceinline__ int add_acquire_release(int* address, int value) {
-  int before;
-  asm volatile("atom.acq_rel.gpu.global.add.s32 %0, [%1], %2;"
-               : "=r"(before)
-               : "l"(address), "r"(value)
-               : "memory");
-  return before;
-}
-
 // PTX ISA 9.7.13, red.release.
 __device__ __forceinline__ void add_release(int* address, int value) {
   asm volatile("red.release.gpu.global.add.s32 [%0], %1;" ::"l"(address), "r"(value) : "memory");

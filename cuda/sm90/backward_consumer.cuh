@@ -60,8 +60,7 @@ __device__ __forceinline__ void consume(const BackwardParams& params,
   const auto wait_dquery_buffer = [&] {
     ptx::mbarrier_wait(smem.dquery_empty(consumer), dquery_parity);
   };
-  // To the storer whose turn it is: they take every second step each, as dS has every second
-  // buffer.
+  // To a storer: even and odd steps have barriers of their own, as dS has buffers.
   const auto hand_over = [&] {
     ptx::fence_async_shared();
     __syncwarp();

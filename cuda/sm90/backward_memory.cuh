@@ -72,10 +72,10 @@ struct BackwardMemory {
   __device__ __forceinline__ uint32_t tile_empty(uint32_t stage) const {
     return barrier(14 + stage);
   }
-  // Of each consumer's dQ; where storers take every second step each, each has a `full` of its
-  // own. Pair: it has been added, and may be added.
-  __device__ __forceinline__ uint32_t dquery_full(int consumer, int storer = 0) const {
-    return barrier(16 + 2 * storer + consumer);
+  // Of each consumer's dQ, at even and at odd steps: storers may take every second step each.
+  // Pair: it has been added, and may be added.
+  __device__ __forceinline__ uint32_t dquery_full(int consumer, uint32_t odd = 0) const {
+    return barrier(16 + 2 * odd + consumer);
   }
   __device__ __forceinline__ uint32_t dquery_empty(int consumer) const {
     return barrier(20 + consumer);
@@ -85,18 +85,8 @@ struct BackwardMemory {
   __device__ __forceinline__ uint32_t ds_full() const { return barrier(23); }
   __device__ __forceinline__ uint32_t ds_empty() const { return barrier(24); }
 
-  // Where there is a finisher: its sums, and what each storer leaves for it (backward_finish.cuh).
-  static constexpr int kPosts = 4;
+  // Where there is a finisher: of its sums.
   __device__ __forceinline__ uint32_t sums_full() const { return barrier(25); }
-  __device__ __forceinline__ uint32_t post_full(int storer, uint32_t place) const {
-    return barrier(26 + kPosts * storer + place);
-  }
-  __device__ __forceinline__ uint32_t post_empty(int storer, uint32_t place) const {
-    return barrier(26 + kPosts * (2 + storer) + place);
-  }
-  __device__ __forceinline__ uint32_t post(int storer, uint32_t place) const {
-    return barrier(26 + 4 * kPosts) + 4 * (kPosts * storer + place);
-  }
 
   // By one thread; a barrier of the block (of the cluster) follows.
   __device__ __forceinline__ void init_barriers() const {
@@ -118,10 +108,6 @@ struct BackwardMemory {
     }
     ptx::mbarrier_init(p_full(), 4);
     ptx::mbarrier_init(sums_full(), 1);
-    for (int i = 0; i < 2 * kPosts; ++i) {
-      ptx::mbarrier_init(post_full(i / kPosts, i % kPosts), 1);
-      ptx::mbarrier_init(post_empty(i / kPosts, i % kPosts), 1);
-    }
     ptx::mbarrier_init(ds_full(), 1);
     ptx::mbarrier_init(ds_empty(), kT.blocks * kConsumerWarps);
     ptx::mbarrier_init_fence();

@@ -9,7 +9,6 @@
 #include "ptx/mbarrier.cuh"
 #include "ptx/tma.cuh"
 #include "ptx/warpgroup.cuh"
-#include "sm90/backward_finish.cuh"
 #include "sm90/backward_kernels.h"
 #include "sm90/backward_memory.cuh"
 #include "sm90/backward_work.cuh"
@@ -130,13 +129,13 @@ struct BackwardProducer {
   }
 };
 
-// One thread each: the two take turns in adding the dQ of a step to the sums, and in storing the
-// dK and dV of a tile after its last step.
+// One thread each: they add the dQ of a step to the sums, and store the dK and dV of a tile after
+// its last step. Each serves one consumer.
 //
 // The first key block that visits a query tile stores its dQ, so that nobody need write zeros
 // before; the others wait for its flag and add. If the sums must come out the same on every run,
 // each waits for all before it instead. That round, from a look at the flag to its next value,
-// takes longer than a step, which is why there are two.
+// takes longer than a step, so then each serves both consumers at every second step.
 template <int kTile>
 struct BackwardStorer {
   static constexpr BackwardTile kT = kBackwardTiles[kTile];
@@ -149,8 +148,7 @@ struct BackwardStorer {
   Memory smem;
   const Tile* tiles;
   int which;
-  uint32_t step = 0;   // the gradients of a tile count as one
-  uint32_t posts = 0;  // left for the finisher so far
+  uint32_t step = 0;  // the gradients of a tile count as one
 
   __device__ __forceinline__ void run(const BackwardMaps& maps) {
     const BackwardProblem& p = params.problem;
@@ -168,40 +166,44 @@ struct BackwardStorer {
         }
       }
       if (mine()) store(maps, tile);
+      const int key_head = tile.batch * p.heads_kv + tile.head_kv;
       ptx::mbarrier_arrive(smem.tile_empty(ring.stage));
       ring.next();
       if (mine()) {
         ptx::bulk_wait_read<0>();
-        ptx::mbarrier_arrive(smem.dquery_empty(0));
-        ptx::mbarrier_arrive(smem.dquery_empty(1));
+        for (int consumer = first(); consumer < end(); ++consumer) {
+          ptx::mbarrier_arrive(smem.dquery_empty(consumer));
+        }
       }
       ++step;
+      if (kT.finishes() && params.finish_inside) {
+        ptx::bulk_wait<0>();
+        ptx::fence_async_global();
+        ptx::add_release(params.finished + key_head, 1);
+      }
     }
-    if (finishes()) post(BackwardPost::kNoMore);
     ptx::bulk_wait<0>();
   }
 
  private:
-  __device__ __forceinline__ bool mine() const { return (step ^ which) % 2 == 0; }
-  __device__ __forceinline__ uint32_t parity() const { return step / 2 % 2; }
-  __device__ __forceinline__ bool finishes() const {
-    return kT.finishes() && params.finish_inside;
+  // The steps and the consumers, [first, end), that this storer serves.
+  __device__ __forceinline__ bool mine() const {
+    return !params.problem.deterministic || (step ^ which) % 2 == 0;
   }
-
-  __device__ __forceinline__ void post(uint32_t what) {
-    const uint32_t place = posts % Memory::kPosts;
-    ptx::mbarrier_wait(smem.post_empty(which, place), ~(posts / Memory::kPosts) & 1);
-    ptx::store_shared(smem.post(which, place), what);
-    ptx::mbarrier_arrive(smem.post_full(which, place));
-    ++posts;
+  __device__ __forceinline__ int first() const { return params.problem.deterministic ? 0 : which; }
+  __device__ __forceinline__ int end() const {
+    return params.problem.deterministic ? 2 : which + 1;
+  }
+  __device__ __forceinline__ void wait_full(int consumer) const {
+    ptx::mbarrier_wait(smem.dquery_full(consumer, step % 2), step / 2 % 2);
   }
 
   // The dQ of a step.
-  __device__ __forceinline__ void add(const Tile& tile, int query_tile, int head) {
+  __device__ __forceinline__ void add(const Tile& tile, int query_tile, int head) const {
     const BackwardProblem& p = params.problem;
     const int64_t row =
         (int64_t{tile.batch} * p.heads_q + head) * params.rows_per_head + query_tile * kT.tile_q;
-    int32_t* flag = params.turns + row / 16;
+    int32_t* flag = params.turns + row / 16 + first();
     const int before = kT.masked ? tile.visitors_before(p, query_tile) : tile.block;
     if (before > 0) {  // asked for ahead of the data: mostly true long before
       const int turn = p.deterministic ? before : 1;
@@ -210,39 +212,33 @@ struct BackwardStorer {
       ptx::fence_async_global();
     }
     float* sums = params.dquery_sums + row * p.head_dim;
-    for (int consumer = 0; consumer < 2; ++consumer) {
-      ptx::mbarrier_wait(smem.dquery_full(consumer, which), parity());
+#pragma unroll 1
+    for (int consumer = first(); consumer < end(); ++consumer) {
+      wait_full(consumer);
       const uint32_t from = smem.dquery(consumer);
       if (kT.transposed()) {
         add(sums + 64 * kT.tile_q * consumer, from, kT.stage_bytes(), before == 0);
       } else {
         // Strips of 16 rows, one of each warp of the consumer: 8 blocks of 8 columns, or fewer.
-        const int first = kByRows ? 0 : 8 * consumer;
-        const int blocks = min(8, p.head_dim / 8 - first);
-        float* to = sums + (kByRows ? 64 * consumer * p.head_dim : 0) + first * 128;
+        const int column = kByRows ? 0 : 8 * consumer;
+        const int blocks = min(8, p.head_dim / 8 - column);
+        float* to = sums + (kByRows ? 64 * consumer * p.head_dim : 0) + column * 128;
         for (int strip = 0; blocks > 0 && strip < 4; ++strip) {
           add(to + 16 * strip * p.head_dim, from + strip * 4096, blocks * 512, before == 0);
         }
       }
       ptx::bulk_commit();
     }
-    ptx::bulk_wait_read<1>();
-    ptx::mbarrier_arrive(smem.dquery_empty(0));
-    ptx::bulk_wait_read<0>();
-    ptx::mbarrier_arrive(smem.dquery_empty(1));
-    if (before > 0 && !p.deterministic && !finishes()) return;
-    ptx::bulk_wait<0>();
-    ptx::fence_async_global();
-    if (!finishes()) {
-      ptx::add_release(flag, 1);
-      return;
+    if (p.deterministic) {
+      ptx::bulk_wait_read<1>();
+      ptx::mbarrier_arrive(smem.dquery_empty(0));
     }
-    // finishes_inside() has made sure that these are all.
-    const int blocks = static_cast<int>(params.tiles_kv);
-    const int visitors =
-        p.is_causal ? min(blocks, query_tile * kT.tile_q / Tile::kKeys + 1) : blocks;
-    if (ptx::add_acquire_release(flag, 1) + 1 == visitors) {
-      post(static_cast<uint32_t>(row / kT.tile_q));
+    ptx::bulk_wait_read<0>();
+    ptx::mbarrier_arrive(smem.dquery_empty(end() - 1));
+    if (before == 0 || p.deterministic) {
+      ptx::bulk_wait<0>();
+      ptx::fence_async_global();
+      ptx::add_release(flag, 1);
     }
   }
 
@@ -255,10 +251,11 @@ struct BackwardStorer {
     }
   }
 
-  // dK and dV of a tile, of both consumers.
+  // dK and dV of a tile.
   __device__ __forceinline__ void store(const BackwardMaps& maps, const Tile& tile) const {
-    for (int consumer = 0; consumer < 2; ++consumer) {
-      ptx::mbarrier_wait(smem.dquery_full(consumer, which), parity());
+#pragma unroll 1
+    for (int consumer = first(); consumer < end(); ++consumer) {
+      wait_full(consumer);
       const int row = tile.first_key() + 64 * consumer;
       for (int panel = 0; panel < kT.panels(); ++panel) {
         ptx::tma_store(&maps.dvalue, smem.ds(panel) + consumer * Memory::kQueryPanel, panel * 64,

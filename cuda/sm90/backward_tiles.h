@@ -34,7 +34,7 @@ struct BackwardTile {
   }
   // Logsumexps or deltas of a step; TMA writes to multiples of 128.
   FLASH2_HOST_DEVICE constexpr int rows_bytes() const { return (4 * tile_q + 127) / 128 * 128; }
-  FLASH2_HOST_DEVICE constexpr int barriers_bytes() const { return 384; }
+  FLASH2_HOST_DEVICE constexpr int barriers_bytes() const { return 256; }
   // Two stages of logsumexps and deltas, two key tiles (KeyTile), barriers.
   FLASH2_HOST_DEVICE constexpr int smem_bytes() const {
     return tiles_bytes() + 4 * rows_bytes() + 2 * 64 + barriers_bytes();
