@@ -54,6 +54,7 @@ __device__ __forceinline__ void consume(const BackwardParams& params,
   uint32_t ds_stage = 0, kv_parity = 0, dquery_parity = 1;
   const uint32_t ds_to = transposed_row(smem.ds(0) + consumer * kQueryPanel, warp, lane);
 
+  const uint32_t zero = static_cast<uint32_t>(p.batch) >> 31;  // which the compiler cannot know
   const auto release = [&](uint32_t barrier) {
     if (lane == 0) ptx::mbarrier_arrive(barrier);
   };
@@ -98,6 +99,15 @@ __device__ __forceinline__ void consume(const BackwardParams& params,
     if constexpr (kCut) {
       mask_probabilities(s, p, tile, tile.first_key() + consumer * 64 + warp * 16 + lane / 4,
                          query_tile * kQ);
+    }
+    // The assembler lifts the wait for dP over arithmetic, but not over an arrival, whose address
+    // depends on P, in name only: so much of P is made while dP is computed.
+    constexpr int kBeside = kD == 128 ? kQ / 2 : kT.masked ? 0 : kQ / 4;
+    if constexpr (kBeside > 0) {
+      uint32_t bits = 0;
+#pragma unroll
+      for (int i = 0; i < kBeside; ++i) bits |= __float_as_uint(s[i]);
+      release(smem.nobody() + (bits & zero));
     }
     ptx::wgmma_wait<0>();
     ptx::pin(dp);

@@ -85,6 +85,8 @@ struct BackwardMemory {
   __device__ __forceinline__ uint32_t ds_full() const { return barrier(23); }
   __device__ __forceinline__ uint32_t ds_empty() const { return barrier(24); }
 
+  // Nobody waits for it: backward_consumer.cuh.
+  __device__ __forceinline__ uint32_t nobody() const { return barrier(26); }
   // Where there is a finisher: of its sums.
   __device__ __forceinline__ uint32_t sums_full() const { return barrier(25); }
 
@@ -108,6 +110,7 @@ struct BackwardMemory {
     }
     ptx::mbarrier_init(p_full(), 4);
     ptx::mbarrier_init(sums_full(), 1);
+    ptx::mbarrier_init(nobody(), 1);
     ptx::mbarrier_init(ds_full(), 1);
     ptx::mbarrier_init(ds_empty(), kT.blocks * kConsumerWarps);
     ptx::mbarrier_init_fence();
