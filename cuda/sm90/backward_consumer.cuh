@@ -54,18 +54,18 @@ __device__ __forceinline__ void consume(const BackwardParams& params,
   uint32_t ds_stage = 0, kv_parity = 0, dquery_parity = 1;
   const uint32_t ds_to = transposed_row(smem.ds(0) + consumer * kQueryPanel, warp, lane);
 
-  const uint32_t zero = static_cast<uint32_t>(p.batch) >> 31;  // which the compiler cannot know
   const auto release = [&](uint32_t barrier) {
     if (lane == 0) ptx::mbarrier_arrive(barrier);
   };
   const auto wait_dquery_buffer = [&] {
     ptx::mbarrier_wait(smem.dquery_empty(consumer), dquery_parity);
   };
-  // To a storer: even and odd steps have barriers of their own, as dS has buffers.
+  // To a storer. Where they take every second step each, even and odd steps have barriers of their
+  // own, as dS has buffers.
   const auto hand_over = [&] {
     ptx::fence_async_shared();
     __syncwarp();
-    release(smem.dquery_full(consumer, ds_stage));
+    release(smem.dquery_full(consumer, kT.deterministic ? ds_stage : 0));
   };
 
   // One query tile. kCut: some row of it does not see some key.
@@ -99,15 +99,6 @@ __device__ __forceinline__ void consume(const BackwardParams& params,
     if constexpr (kCut) {
       mask_probabilities(s, p, tile, tile.first_key() + consumer * 64 + warp * 16 + lane / 4,
                          query_tile * kQ);
-    }
-    // The assembler lifts the wait for dP over arithmetic, but not over an arrival, whose address
-    // depends on P, in name only: so much of P is made while dP is computed.
-    constexpr int kBeside = kD == 128 ? kQ / 2 : kT.masked ? 0 : kQ / 4;
-    if constexpr (kBeside > 0) {
-      uint32_t bits = 0;
-#pragma unroll
-      for (int i = 0; i < kBeside; ++i) bits |= __float_as_uint(s[i]);
-      release(smem.nobody() + (bits & zero));
     }
     ptx::wgmma_wait<0>();
     ptx::pin(dp);
@@ -241,7 +232,7 @@ __device__ __forceinline__ void consume(const BackwardParams& params,
     dquery_parity ^= 1;
     store_rows<kType, kD>(dkey, smem.dquery(consumer), 64 * 128, warp, lane, scale);
     hand_over();
-    ds_stage ^= 1;
+    if constexpr (kT.deterministic) ds_stage ^= 1;
     release(smem.tile_empty(tile_ring.stage));
     tile_ring.next();
   }

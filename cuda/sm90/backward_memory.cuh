@@ -72,7 +72,7 @@ struct BackwardMemory {
   __device__ __forceinline__ uint32_t tile_empty(uint32_t stage) const {
     return barrier(14 + stage);
   }
-  // Of each consumer's dQ, at even and at odd steps: storers may take every second step each.
+  // Of each consumer's dQ; where storers take every second step each, at even and at odd steps.
   // Pair: it has been added, and may be added.
   __device__ __forceinline__ uint32_t dquery_full(int consumer, uint32_t odd = 0) const {
     return barrier(16 + 2 * odd + consumer);
@@ -85,8 +85,6 @@ struct BackwardMemory {
   __device__ __forceinline__ uint32_t ds_full() const { return barrier(23); }
   __device__ __forceinline__ uint32_t ds_empty() const { return barrier(24); }
 
-  // Nobody waits for it: backward_consumer.cuh.
-  __device__ __forceinline__ uint32_t nobody() const { return barrier(26); }
   // Where there is a finisher: of its sums.
   __device__ __forceinline__ uint32_t sums_full() const { return barrier(25); }
 
@@ -110,7 +108,6 @@ struct BackwardMemory {
     }
     ptx::mbarrier_init(p_full(), 4);
     ptx::mbarrier_init(sums_full(), 1);
-    ptx::mbarrier_init(nobody(), 1);
     ptx::mbarrier_init(ds_full(), 1);
     ptx::mbarrier_init(ds_empty(), kT.blocks * kConsumerWarps);
     ptx::mbarrier_init_fence();

@@ -49,6 +49,7 @@ __device__ __forceinline__ void consume_probabilities(const PairConsumer<kTile, 
   Ring<2> ring;
   uint32_t ds_parity = 0;
   PairPlace before(c.params, c.tile);  // of the step before
+  int query_tile = before.query_tile;
 
   const auto start_dquery = [&] {
     ptx::mbarrier_wait(smem.ds_full(), ds_parity);
@@ -59,7 +60,6 @@ __device__ __forceinline__ void consume_probabilities(const PairConsumer<kTile, 
   const auto step = [&](auto is_first) {
     constexpr bool kFirst = decltype(is_first)::value;
     const uint32_t stage = ring.stage;
-    const int query_tile = kFirst ? before.query_tile : before.next_query_tile();
     if constexpr (Consumer::kT.masked) {
       if (query_tile == c.tile.end - 1) c.clear_queries(ring, clear);
     }
@@ -87,7 +87,7 @@ __device__ __forceinline__ void consume_probabilities(const PairConsumer<kTile, 
       ptx::pin(dquery);
       c.release(smem.ds_empty());
       c.add_dquery(dquery, before, ds_parity ^ 1);
-      before.next(c.params);
+      before.next(c.params, c.tile);
       // Nobody reads dS any more, and the copy to the other block has left.
       ptx::mbarrier_wait(smem.ds_empty(), ds_parity ^ 1);
     }
@@ -109,6 +109,7 @@ __device__ __forceinline__ void consume_probabilities(const PairConsumer<kTile, 
     ptx::wgmma_fence();
     c.start_gradient(dvalue, probabilities, smem.dout(stage));
     ring.next();
+    query_tile = query_tile == c.tile.begin ? c.tile.end - 1 : query_tile - 1;
   };
 
   ptx::mbarrier_wait(smem.key_full(), 0);
@@ -147,8 +148,7 @@ __device__ __forceinline__ void consume_scores(const PairConsumer<kTile, kType>&
   for (bool first = true; steps > 0; --steps, first = false) {
     const uint32_t stage = ring.stage;
     if constexpr (Consumer::kT.masked) {
-      const int query_tile = first ? before.query_tile : before.next_query_tile();
-      if (query_tile == c.tile.end - 1) c.clear_queries(ring, clear);
+      if (first || before.query_tile == c.tile.begin) c.clear_queries(ring, clear);
     }
     ptx::mbarrier_wait(smem.dout_full(stage), ring.parity);
     ptx::wgmma_fence();
@@ -168,7 +168,7 @@ __device__ __forceinline__ void consume_scores(const PairConsumer<kTile, kType>&
     if (!first) {
       c.release(smem.ds_empty());
       c.add_dquery(dquery, before, ds_parity ^ 1);
-      before.next(c.params);
+      before.next(c.params, c.tile);
     }
     ptx::mbarrier_wait(smem.p_full(), p_parity);
     p_parity ^= 1;

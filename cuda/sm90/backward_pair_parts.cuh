@@ -19,27 +19,25 @@
 
 namespace flash2::sm90 {
 
-// A place in the walk: query tiles from the last to the first, each for all heads of the group.
+// A place in the walk: query tiles from the last to the first, head after head of the group.
 struct PairPlace {
   int query_tile;
-  int left;   // heads of this query tile, this one included
   int block;  // of kRowPadding rows: the query tile's place in the workspace
 
   template <class Tile>
   __device__ __forceinline__ PairPlace(const BackwardParams& params, const Tile& tile)
-      : query_tile(tile.end - 1), left(params.problem.heads_q / params.problem.heads_kv) {
+      : query_tile(tile.end - 1) {
     const BackwardProblem& p = params.problem;
     const int head = tile.batch * p.heads_q + tile.head_kv * (p.heads_q / p.heads_kv);
     block = head * static_cast<int>(params.row_blocks.value) + query_tile;
   }
-  __device__ __forceinline__ int next_query_tile() const { return query_tile - (left == 1); }
-  // Without a branch: it stands between products.
-  __device__ __forceinline__ void next(const BackwardParams& params) {
-    const int group = params.problem.heads_q / params.problem.heads_kv;
-    const int rows = static_cast<int>(params.row_blocks.value);
-    query_tile = next_query_tile();
-    block += left == 1 ? rows - group * rows - 1 : rows;
-    left = left == 1 ? group : left - 1;
+  // Without a branch: it stands between products. `tile` stays in shared memory, since registers
+  // are few.
+  template <class Tile>
+  __device__ __forceinline__ void next(const BackwardParams& params, const Tile& tile) {
+    const bool turn = query_tile == tile.begin;
+    query_tile = turn ? tile.end - 1 : query_tile - 1;
+    block += turn ? static_cast<int>(params.row_blocks.value) + tile.steps() - 1 : -1;
   }
 };
 
@@ -59,7 +57,7 @@ struct PairProducer {
   __device__ __forceinline__ void run() const {
     const BackwardProblem& p = params.problem;
     const uint64_t keep = ptx::policy_evict_last(), pass = ptx::policy_evict_first();
-    const int group = p.heads_q / p.heads_kv, steps = tile.steps() * group;
+    const int steps = tile.steps() * (p.heads_q / p.heads_kv);
     const int key = tile.first_key() + rank * kT.keys();
     const int other_key = tile.first_key() + (1 - rank) * kT.keys();
     const int key_batch = p.key_stride.batch == 0 ? 0 : tile.batch;
@@ -76,7 +74,7 @@ struct PairProducer {
     }
     ptx::wait_prerequisites();
     Ring<2> ring;
-    int head = tile.head_kv * group, query_tile = tile.end - 1;
+    int head = tile.head_kv * (p.heads_q / p.heads_kv), query_tile = tile.end - 1;
 #pragma unroll 1
     for (int step = 0; step < steps; ++step) {
       load(ring, maps.query, smem.query(ring.stage), smem.query_full(ring.stage),
@@ -93,9 +91,9 @@ struct PairProducer {
            smem.dout_empty(ring.stage), smem.delta(ring.stage), maps.delta, head, query_tile,
            p.dout_stride, keep);
       ring.next();
-      if (++head == (tile.head_kv + 1) * group) {
-        head -= group;
-        --query_tile;
+      if (--query_tile < tile.begin) {
+        query_tile = tile.end - 1;
+        ++head;
       }
     }
   }
@@ -145,7 +143,7 @@ struct PairTurns {
       ptx::mbarrier_arrive(smem.dquery_empty(consumer));
       ptx::mbarrier_wait(smem.dquery_full(consumer), parity);
       ptx::add_release(turn, 1);
-      at.next(params);
+      at.next(params, tile);
     }
   }
 };

@@ -135,12 +135,14 @@ struct BackwardProducer {
 // The first key block that visits a query tile stores its dQ, so that nobody need write zeros
 // before; the others wait for its flag and add. If the sums must come out the same on every run,
 // each waits for all before it instead. That round, from a look at the flag to its next value,
-// takes longer than a step, so then each serves both consumers at every second step.
+// takes longer than a step: where there is a kernel for it, each storer serves both consumers, at
+// every second step.
 template <int kTile>
 struct BackwardStorer {
   static constexpr BackwardTile kT = kBackwardTiles[kTile];
   // The consumers share a step's dQ by rows or by columns.
   static constexpr bool kByRows = kT.tile_q == 128;
+  static constexpr bool kInTurns = kT.deterministic;
   using Memory = BackwardMemory<kTile>;
   using Tile = KeyTile<kT.tile_q>;
 
@@ -187,15 +189,15 @@ struct BackwardStorer {
 
  private:
   // The steps and the consumers, [first, end), that this storer serves.
-  __device__ __forceinline__ bool mine() const {
-    return !params.problem.deterministic || (step ^ which) % 2 == 0;
-  }
-  __device__ __forceinline__ int first() const { return params.problem.deterministic ? 0 : which; }
-  __device__ __forceinline__ int end() const {
-    return params.problem.deterministic ? 2 : which + 1;
-  }
+  __device__ __forceinline__ bool mine() const { return !kInTurns || (step ^ which) % 2 == 0; }
+  __device__ __forceinline__ int first() const { return kInTurns ? 0 : which; }
+  __device__ __forceinline__ int end() const { return kInTurns ? 2 : which + 1; }
   __device__ __forceinline__ void wait_full(int consumer) const {
-    ptx::mbarrier_wait(smem.dquery_full(consumer, step % 2), step / 2 % 2);
+    if constexpr (kInTurns) {
+      ptx::mbarrier_wait(smem.dquery_full(consumer, step % 2), step / 2 % 2);
+    } else {
+      ptx::mbarrier_wait(smem.dquery_full(consumer), step % 2);
+    }
   }
 
   // The dQ of a step.
@@ -229,7 +231,7 @@ struct BackwardStorer {
       }
       ptx::bulk_commit();
     }
-    if (p.deterministic) {
+    if constexpr (kInTurns) {
       ptx::bulk_wait_read<1>();
       ptx::mbarrier_arrive(smem.dquery_empty(0));
     }

@@ -40,7 +40,7 @@ struct BackwardTile {
     return tiles_bytes() + 4 * rows_bytes() + 2 * 64 + barriers_bytes();
   }
   // Has a warp that makes dQ from its sums while the others go on (backward_finish.cuh).
-  FLASH2_HOST_DEVICE constexpr bool finishes() const { return blocks == 1 && !transposed(); }
+  FLASH2_HOST_DEVICE constexpr bool finishes() const { return head_dim == 64; }
   // A step's dQ is computed as its transpose, of which each consumer has 64 rows.
   FLASH2_HOST_DEVICE constexpr bool transposed() const { return tile_q % 64 != 0; }
 };
@@ -48,10 +48,11 @@ struct BackwardTile {
 inline constexpr BackwardTile kBackwardTiles[] = {
     {64, 128, 1, false, false},  // 226 KB
     {64, 128, 1, true, false},   // 226 KB
-    {128, 64, 1, false, false},  // 225 KB
+    {128, 64, 1, false, false},  // 193 KB
     // 226 KB. For long walks: a fifth fewer steps, hence barriers.
     {128, 80, 1, false, false},
-    {128, 64, 1, true, false},   // 225 KB
+    {128, 64, 1, true, false},   // 193 KB
+    {128, 64, 1, true, true},    // 193 KB
     {256, 64, 2, false, false},  // 225 KB, twice
     {256, 64, 2, true, false},   // 225 KB, twice
     {256, 64, 2, true, true},    // 225 KB, twice

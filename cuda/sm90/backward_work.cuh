@@ -4,7 +4,8 @@
 // of a head thus walk through the same Q and dO at about the same time, and the float32 sums of a
 // query tile come together while they are in the L2 cache. It is the right order for the sums too:
 // tiles are numbered so that one waits only for such as started before it. (Head after head, a key
-// tile with a short walk would be ahead of the first one by the second head, and wait for it.)
+// tile with a short walk would be ahead of the first one by the second head, and wait for it.
+// Pairs, which wait for nobody, do go head after head.)
 #pragma once
 
 #include <cstdint>

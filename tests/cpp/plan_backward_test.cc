@@ -185,7 +185,7 @@ CASE(backward_on_hopper_walks_heads_in_like_sections) {
 // A query tile's dQ is made when the last of its key tiles has added, which must be plain to see.
 CASE(backward_on_hopper_makes_the_gradient_inside_where_it_can_count) {
   const auto check = [&](bool inside, const char* what, void (*set)(BackwardProblem&)) {
-    BackwardProblem p = problem();
+    BackwardProblem p = problem(64);
     set(p);
     CHECK(plan_backward(kH100, p).finish_inside == inside, what);
   };
@@ -204,10 +204,23 @@ CASE(backward_on_hopper_makes_the_gradient_inside_where_it_can_count) {
   check(false, "key lengths", [](BackwardProblem& p) { p.key_value_seq_lengths.data = lengths; });
   check(false, "scale's gradient",
         [](BackwardProblem& p) { p.dscale_rows = static_cast<float*>(address(6 << 20)); });
-  for (int head_dim : {56, 120, 256}) {
+  for (int head_dim : {56, 128, 256}) {
     CHECK(!plan_backward(kH100, problem(head_dim)).finish_inside, head_dim);
   }
-  CHECK(!plan_backward(kH100, problem(128, kLongRows)).finish_inside, "steps of 80 rows");
+}
+
+CASE(backward_on_hopper_has_kernels_for_deterministic_sums) {
+  const auto variant = [](int32_t head_dim, bool causal, bool deterministic) {
+    BackwardProblem p = problem(head_dim);
+    p.is_causal = causal;
+    p.deterministic = deterministic;
+    return plan_backward(kH100, p).variant;
+  };
+  CHECK(variant(128, true, true) != variant(128, true, false), "128, masks");
+  CHECK(variant(256, true, true) != variant(256, true, false), "256, masks");
+  CHECK(variant(256, false, true) == variant(256, true, true), "256: with code for masks");
+  CHECK(variant(128, false, true) == variant(128, false, false), "128");
+  CHECK(variant(64, true, true) == variant(64, true, false), "64");
 }
 
 CASE(backward_on_hopper_leaves_the_rest_to_sm80) {
