@@ -85,7 +85,7 @@ __global__ void __launch_bounds__(kPrepareThreads)
   }
   if (threadIdx.x == 0 && at.row0 == 0) {
     params.finished[int64_t{at.batch} * p.heads_q + at.head] = 0;
-    if (blockIdx.x == 0) *params.ticket = 0;
+    if (blockIdx.x == 0) params.ticket[0] = params.ticket[1] = 0;
   }
 #pragma unroll
   for (int i = 0; i < kPasses; ++i) {

@@ -64,7 +64,7 @@ struct BackwardParams {
   // The first key tile of a row block stores its sums of dQ, and nobody writes zeros before.
   bool first_stores;
   bool transposed_sums;  // dquery_sums.cuh
-  bool finish_inside;    // the last block of a key head makes dQ of its query heads
+  bool finish_inside;    // the main kernel makes dQ from its sums, as soon as they are complete
   uint32_t rows_per_head;
   uint32_t tiles_kv;  // tiles per key head
   uint32_t heads;     // batch * heads_kv

@@ -67,7 +67,7 @@ struct BackwardWorkspace {
   int64_t delta = 0;     // row sums of dO * O, less the logsumexp's cotangent, likewise
   int64_t turns = 0;     // int32 per 16 rows: whose turn it is to add to them
   int64_t finished = 0;  // int32 per head: key tiles that are done
-  int64_t ticket = 0;    // int32: key tiles taken so far
+  int64_t ticket = 0;    // int32: key tiles taken so far; query tiles whose dQ is being made
   int64_t bytes = 0;
 };
 

@@ -97,8 +97,10 @@ BackwardPlan plan_backward(const Device& device, const BackwardProblem& p, int32
   }
   plan.grid = static_cast<uint32_t>(plan.family == 90 ? sm90::grid(device, plan, tiles) : tiles);
   plan.rows_grid = static_cast<uint32_t>(row_blocks);
-  plan.finish_inside = plan.family == 80 && tiles > 0 &&
-                       4 * int64_t{p.seq_q} * p.head_dim * p.heads_q / p.heads_kv <= kFinishBytes;
+  plan.finish_inside = plan.family == 90 ? sm90::finishes_inside(p, plan)
+                                         : tiles > 0 && 4 * int64_t{p.seq_q} * p.head_dim *
+                                                                p.heads_q / p.heads_kv <=
+                                                            kFinishBytes;
 
   // Only where the first tiles of a head take longest is it worth walking several heads at once.
   if (p.is_causal && p.window_left == kUnbounded && p.chunk_size == 0 && tiles > 0) {

@@ -51,12 +51,13 @@ int encode_tensor_map(const Array& array, DataType type, int rows, CUtensorMap* 
   return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
 
-int encode_row_map(const float* data, int64_t heads, int64_t length, int rows, CUtensorMap* map) {
+int encode_row_map(const float* data, int64_t heads, int64_t length, int rows, CUtensorMap* map,
+                   int box_heads) {
   const auto encode = encoder();
   if (encode == nullptr) return cudaErrorNotSupported;
   const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(length), static_cast<cuuint64_t>(heads)};
   const cuuint64_t bytes[1] = {sizes[0] * sizeof(float)};
-  const cuuint32_t box[2] = {static_cast<cuuint32_t>(rows), 1};
+  const cuuint32_t box[2] = {static_cast<cuuint32_t>(rows), static_cast<cuuint32_t>(box_heads)};
   const cuuint32_t steps[2] = {1, 1};
   const CUresult result =
       encode(map, CU_TENSOR_MAP_DATA_TYPE_FLOAT32, 2, const_cast<float*>(data), sizes, bytes, box,

@@ -24,7 +24,9 @@ struct Array {
 // about a microsecond and allocates nothing. Returns a cudaError_t.
 int encode_tensor_map(const Array& array, DataType type, int rows, CUtensorMap* map);
 
-// Describes float32 numbers per row, [heads, length], contiguous, with boxes of `rows` rows.
-int encode_row_map(const float* data, int64_t heads, int64_t length, int rows, CUtensorMap* map);
+// Describes float32 numbers, [heads, length], contiguous, with boxes of `rows` (at most 256) of
+// each of `box_heads` heads.
+int encode_row_map(const float* data, int64_t heads, int64_t length, int rows, CUtensorMap* map,
+                   int box_heads = 1);
 
 }  // namespace flash2

@@ -12,6 +12,7 @@
 #include "ptx/mbarrier.cuh"
 #include "ptx/warpgroup.cuh"
 #include "sm90/backward_consumer.cuh"
+#include "sm90/backward_finish.cuh"
 #include "sm90/backward_kernels.h"
 #include "sm90/backward_memory.cuh"
 #include "sm90/backward_pair.cuh"
@@ -44,7 +45,11 @@ __global__ void __launch_bounds__(kBackwardTiles[kTile].threads(), 1)
     if (warp == 0) {
       BackwardProducer<kTile>{maps, params, smem, tiles, leader}.run();
     } else if (warp < 3 && leader) {
-      BackwardStorer<kTile>{maps, params, smem, tiles, warp - 1}.run();
+      BackwardStorer<kTile>{params, smem, tiles, warp - 1}.run(maps);
+    } else if constexpr (kT.finishes()) {
+      if (warp == 3 && params.finish_inside) {
+        BackwardFinisher<kTile, kType>{maps, params, smem}.run();
+      }
     }
   } else {
     ptx::raise_registers<240>();

@@ -60,6 +60,13 @@ __device__ __forceinline__ void consume(const BackwardParams& params,
   const auto wait_dquery_buffer = [&] {
     ptx::mbarrier_wait(smem.dquery_empty(consumer), dquery_parity);
   };
+  // To a storer. Where they take every second step each, even and odd steps have barriers of their
+  // own, as dS has buffers.
+  const auto hand_over = [&] {
+    ptx::fence_async_shared();
+    __syncwarp();
+    release(smem.dquery_full(consumer, kT.deterministic ? ds_stage : 0));
+  };
 
   // One query tile. kCut: some row of it does not see some key.
   const auto step = [&](int query_tile, auto cut, const auto& tile, float factor) {
@@ -141,9 +148,7 @@ __device__ __forceinline__ void consume(const BackwardParams& params,
           smem.dquery(consumer) + (warp * kBlocks + i) * 512 + lane * 16,
           words_of(dquery[4 * i], dquery[4 * i + 1], dquery[4 * i + 2], dquery[4 * i + 3]));
     }
-    ptx::fence_async_shared();
-    __syncwarp();
-    release(smem.dquery_full(consumer));
+    hand_over();
     ptx::wgmma_wait<0>();
     release(smem.query_empty(stage));
     ring.next();
@@ -164,8 +169,10 @@ __device__ __forceinline__ void consume(const BackwardParams& params,
     kv_parity ^= 1;
     wait_dquery_buffer();  // then dV of the tile before has left the place of dS
     if constexpr (kT.masked) {
-      const int whole_begin = uniform(tile.whole_begin), whole_end = uniform(tile.whole_end);
       const int keys = uniform(tile.clear_keys(p)), rows = uniform(tile.clear_rows(p));
+      const int whole_begin = uniform(tile.whole_begin);
+      // A query tile with rows to clear counts as cut.
+      const int whole_end = min(uniform(tile.whole_end), rows < kQ ? end - 1 : end);
       const int all = consumer * 128 + thread;
       if (keys < kKeys) {
         clear_rows<kD / 64>(smem.key(), keys, kKeys, all, 256);
@@ -173,26 +180,38 @@ __device__ __forceinline__ void consume(const BackwardParams& params,
         ptx::fence_async_shared();
         ptx::barrier_sync(kBoth, 256);
       }
-      // The cut tiles above the whole ones and those, then the cut ones below.
+      // The cut tiles above the whole ones and those, then the cut ones below; each for all heads.
+      int query_tile = end - 1, left = group;
+      if (rows < kQ && begin < end) {
 #pragma unroll 1
-      for (int half = 0, query_tile = 0; half < 2 * group && begin < end; ++half) {
-        const bool upper = half % 2 == 0;
-        if (upper) {
-          query_tile = end - 1;
-          if (rows < kQ) {
-            ptx::mbarrier_wait(smem.query_full(ring.stage), ring.parity);
-            clear_rows<kD / 64>(smem.query(ring.stage), rows, kQ, all, 256);
-            ptx::mbarrier_wait(smem.dout_full(ring.stage), ring.parity);
-            clear_rows<kD / 64>(smem.dout(ring.stage), rows, kQ, all, 256);
-            ptx::fence_async_shared();
-            ptx::barrier_sync(kBoth, 256);
+        for (int n = group; n > 0; --n) {
+          ptx::mbarrier_wait(smem.query_full(ring.stage), ring.parity);
+          clear_rows<kD / 64>(smem.query(ring.stage), rows, kQ, all, 256);
+          ptx::mbarrier_wait(smem.dout_full(ring.stage), ring.parity);
+          clear_rows<kD / 64>(smem.dout(ring.stage), rows, kQ, all, 256);
+          ptx::fence_async_shared();
+          ptx::barrier_sync(kBoth, 256);
+          step(query_tile, Yes{}, tile, factor);
+        }
+        --query_tile;
+      }
+#pragma unroll 1
+      for (int half = 0; half < 2; ++half) {
+        const int cut_until = half == 0 ? whole_end : begin;
+#pragma unroll 1
+        for (int steps = group * (query_tile + 1 - cut_until); steps > 0; --steps) {
+          step(query_tile, Yes{}, tile, factor);
+          if (--left == 0) {
+            left = group;
+            --query_tile;
           }
         }
-        const int cut_until = upper ? whole_end : begin, until = upper ? whole_begin : begin;
+        if (half == 0) {
+          const int steps = group * (query_tile + 1 - whole_begin);
+          if (steps > 0) query_tile = whole_begin - 1;
 #pragma unroll 1
-        for (; query_tile >= cut_until; --query_tile) step(query_tile, Yes{}, tile, factor);
-#pragma unroll 1
-        for (; query_tile >= until; --query_tile) step(query_tile, No{}, tile, factor);
+          for (int n = steps; n > 0; --n) step(0, No{}, tile, factor);
+        }
       }
     } else {
 #pragma unroll 1
@@ -212,9 +231,8 @@ __device__ __forceinline__ void consume(const BackwardParams& params,
     wait_dquery_buffer();
     dquery_parity ^= 1;
     store_rows<kType, kD>(dkey, smem.dquery(consumer), 64 * 128, warp, lane, scale);
-    ptx::fence_async_shared();
-    __syncwarp();
-    release(smem.dquery_full(consumer));
+    hand_over();
+    if constexpr (kT.deterministic) ds_stage ^= 1;
     release(smem.tile_empty(tile_ring.stage));
     tile_ring.next();
   }

@@ -17,6 +17,7 @@ struct BackwardMaps {
   CUtensorMap dvalue;
   CUtensorMap lse2;  // boxes of tile_q rows
   CUtensorMap delta;
+  CUtensorMap sums;  // of dQ, 256 numbers a row; boxes of a step's. Where there is a finisher
 };
 
 // The kernel for an index into kBackwardTiles of this head_dim, or null. It takes a BackwardMaps

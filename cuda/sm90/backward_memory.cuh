@@ -35,6 +35,8 @@ struct BackwardMemory {
   __device__ __forceinline__ uint32_t dquery(int consumer) const {
     return ds(2) + consumer * kT.stage_bytes();
   }
+  // The float32 sums of a step's dQ, on their way to becoming dQ.
+  __device__ __forceinline__ uint32_t sums() const { return dquery(2); }
   // Pair: half of the columns of the other block's keys.
   __device__ __forceinline__ uint32_t other_key() const { return ds(1); }
   __device__ __forceinline__ uint32_t lse2(uint32_t stage) const {
@@ -63,23 +65,28 @@ struct BackwardMemory {
   __device__ __forceinline__ uint32_t dout_empty(uint32_t stage) const {
     return barrier(10 + stage);
   }
-  // One: of the key tile that the producer writes, and of each consumer's dQ.
+  // One: of the key tile that the producer writes.
   __device__ __forceinline__ uint32_t tile_full(uint32_t stage) const {
     return barrier(12 + stage);
   }
   __device__ __forceinline__ uint32_t tile_empty(uint32_t stage) const {
     return barrier(14 + stage);
   }
-  __device__ __forceinline__ uint32_t dquery_full(int consumer) const {
-    return barrier(16 + consumer);
+  // Of each consumer's dQ; where storers take every second step each, at even and at odd steps.
+  // Pair: it has been added, and may be added.
+  __device__ __forceinline__ uint32_t dquery_full(int consumer, uint32_t odd = 0) const {
+    return barrier(16 + 2 * odd + consumer);
   }
   __device__ __forceinline__ uint32_t dquery_empty(int consumer) const {
-    return barrier(18 + consumer);
+    return barrier(20 + consumer);
   }
   // Pair: of P^T on its way from one warpgroup to the other, and of the whole dS.
-  __device__ __forceinline__ uint32_t p_full() const { return barrier(20); }
-  __device__ __forceinline__ uint32_t ds_full() const { return barrier(21); }
-  __device__ __forceinline__ uint32_t ds_empty() const { return barrier(22); }
+  __device__ __forceinline__ uint32_t p_full() const { return barrier(22); }
+  __device__ __forceinline__ uint32_t ds_full() const { return barrier(23); }
+  __device__ __forceinline__ uint32_t ds_empty() const { return barrier(24); }
+
+  // Where there is a finisher: of its sums.
+  __device__ __forceinline__ uint32_t sums_full() const { return barrier(25); }
 
   // By one thread; a barrier of the block (of the cluster) follows.
   __device__ __forceinline__ void init_barriers() const {
@@ -95,10 +102,12 @@ struct BackwardMemory {
       ptx::mbarrier_init(dout_empty(i), kT.blocks * kConsumerWarps);
       ptx::mbarrier_init(tile_full(i), 1);
       ptx::mbarrier_init(tile_empty(i), kConsumerWarps + kStorerWarps);
-      ptx::mbarrier_init(dquery_full(i), 4);  // a consumer's warps
+      ptx::mbarrier_init(dquery_full(i, 0), 4);  // a consumer's warps
+      ptx::mbarrier_init(dquery_full(i, 1), 4);
       ptx::mbarrier_init(dquery_empty(i), 1);
     }
     ptx::mbarrier_init(p_full(), 4);
+    ptx::mbarrier_init(sums_full(), 1);
     ptx::mbarrier_init(ds_full(), 1);
     ptx::mbarrier_init(ds_empty(), kT.blocks * kConsumerWarps);
     ptx::mbarrier_init_fence();
@@ -106,7 +115,7 @@ struct BackwardMemory {
 
  private:
   __device__ __forceinline__ uint32_t barrier(uint32_t number) const {
-    return base + kT.smem_bytes() - 192 + 8 * number;
+    return base + kT.smem_bytes() - kT.barriers_bytes() + 8 * number;
   }
 };
 

@@ -86,7 +86,7 @@ __device__ __forceinline__ void consume_probabilities(const PairConsumer<kTile, 
       ptx::wgmma_wait<0>();
       ptx::pin(dquery);
       c.release(smem.ds_empty());
-      c.add_dquery(dquery, before);
+      c.add_dquery(dquery, before, ds_parity ^ 1);
       before.next(c.params, c.tile);
       // Nobody reads dS any more, and the copy to the other block has left.
       ptx::mbarrier_wait(smem.ds_empty(), ds_parity ^ 1);
@@ -120,7 +120,7 @@ __device__ __forceinline__ void consume_probabilities(const PairConsumer<kTile, 
   ptx::wgmma_wait<0>();
   ptx::pin(dquery);
   ptx::pin(dvalue);
-  c.add_dquery(dquery, before);
+  c.add_dquery(dquery, before, ds_parity ^ 1);
 }
 
 // Consumer 1: dP^T, dS^T, dK. The products of dK and dQ of a step run beside the dP^T of the next.
@@ -167,7 +167,7 @@ __device__ __forceinline__ void consume_scores(const PairConsumer<kTile, kType>&
     ptx::pin(dquery);
     if (!first) {
       c.release(smem.ds_empty());
-      c.add_dquery(dquery, before);
+      c.add_dquery(dquery, before, ds_parity ^ 1);
       before.next(c.params, c.tile);
     }
     ptx::mbarrier_wait(smem.p_full(), p_parity);
@@ -209,7 +209,7 @@ __device__ __forceinline__ void consume_scores(const PairConsumer<kTile, kType>&
   ptx::wgmma_wait<0>();
   ptx::pin(dquery);
   ptx::pin(dkey);
-  c.add_dquery(dquery, before);
+  c.add_dquery(dquery, before, ds_parity);
 }
 
 template <int kTile, DataType kType>
@@ -256,6 +256,11 @@ __global__ void __launch_bounds__(kBackwardTiles[kTile].threads(), 1)
   if (group == 0) {
     ptx::lower_registers<24>();
     if (warp == 0 && lane == 0) PairProducer<kTile>{maps, params, smem, tile, rank}.run();
+    if constexpr (kT.deterministic) {
+      if (warp > 0 && warp < 3 && lane == 0) {
+        PairTurns<kTile>{params, smem, tile, rank, warp - 1}.run(steps);
+      }
+    }
   } else {
     ptx::raise_registers<240>();
     const int consumer = group - 1;

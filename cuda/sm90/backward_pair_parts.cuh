@@ -118,6 +118,36 @@ struct PairProducer {
   }
 };
 
+// Where sums must come out the same on every run: waits for a consumer's turn at each query tile,
+// and passes it on when the consumer has added, so that neither is on the consumer's way.
+template <int kTile>
+struct PairTurns {
+  static constexpr BackwardTile kT = kBackwardTiles[kTile];
+
+  const BackwardParams& params;
+  BackwardMemory<kTile> smem;
+  const KeyTile<kT.tile_q>& tile;
+  int rank, consumer;
+
+  // By one thread.
+  __device__ __forceinline__ void run(int steps) const {
+    const BackwardProblem& p = params.problem;
+    PairPlace at(params, tile);
+    ptx::wait_prerequisites();
+#pragma unroll 1
+    for (uint32_t parity = 0; steps > 0; --steps, parity ^= 1) {
+      int32_t* turn = params.turns + int64_t{at.block} * (kRowPadding / 16) + 2 * rank + consumer;
+      const int before = tile.visitors_before(p, at.query_tile);
+      while (ptx::load_acquire(turn) < before) {
+      }
+      ptx::mbarrier_arrive(smem.dquery_empty(consumer));
+      ptx::mbarrier_wait(smem.dquery_full(consumer), parity);
+      ptx::add_release(turn, 1);
+      at.next(params, tile);
+    }
+  }
+};
+
 // What both consumers of a block do, and what they need for it.
 template <int kTile, DataType kType>
 struct PairConsumer {
@@ -180,21 +210,14 @@ struct PairConsumer {
     }
     ptx::wgmma_commit();
   }
-  __device__ __forceinline__ void add_dquery(const float (&dquery)[32],
-                                             const PairPlace& at) const {
+  // Adds it to the sums. `parity`: of the step.
+  __device__ __forceinline__ void add_dquery(const float (&dquery)[32], const PairPlace& at,
+                                             uint32_t parity) const {
     const BackwardProblem& p = params.problem;
     const int blocks = p.head_dim / 8 - 8 * quarter();  // of 8 columns, that exist
     float* to = params.dquery_sums + 16 * warp() * p.head_dim + quarter() * 1024 + lane() * 4 +
                 int64_t{at.block} * (kRowPadding * p.head_dim);
-    int32_t* turn = params.turns + int64_t{at.block} * (kRowPadding / 16) + quarter();
-    if constexpr (kT.deterministic) {
-      if (thread() == 0) {
-        const int before = tile.visitors_before(p, at.query_tile);
-        while (ptx::load_acquire(turn) < before) {
-        }
-      }
-      ptx::barrier_sync(own(), 128);
-    }
+    if constexpr (kT.deterministic) ptx::mbarrier_wait(smem.dquery_empty(consumer), parity);
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
       const float block[4] = {dquery[4 * i], dquery[4 * i + 1], dquery[4 * i + 2],
@@ -202,9 +225,8 @@ struct PairConsumer {
       if (i < blocks) ptx::add_global_4(to + i * 128, block);
     }
     if constexpr (kT.deterministic) {
-      __threadfence();
-      ptx::barrier_sync(own(), 128);
-      if (thread() == 0) ptx::add_release(turn, 1);
+      __syncwarp();
+      if (lane() == 0) ptx::mbarrier_arrive(smem.dquery_full(consumer));
     }
   }
   // Zeros in what the call must not see: keys of this block and of the other's half.

@@ -80,9 +80,9 @@ struct BackwardProducer {
           load_kv(maps.key, smem.key(), smem.key_full(), smem.key_empty(), parity, tile,
                   p.key_stride);
         }
-        if (--query_tile < tile.begin) {
-          query_tile = tile.end - 1;
-          ++head;
+        if (++head == (tile.head_kv + 1) * group) {
+          head -= group;
+          --query_tile;
         }
       }
       fresh = false;
@@ -129,95 +129,121 @@ struct BackwardProducer {
   }
 };
 
-// One thread per consumer: adds the consumer's half of dQ to the sums after every step, and stores
-// its rows of dK and dV after the last.
+// One thread each: they add the dQ of a step to the sums, and store the dK and dV of a tile after
+// its last step. Each serves one consumer.
 //
 // The first key block that visits a query tile stores its dQ, so that nobody need write zeros
 // before; the others wait for its flag and add. If the sums must come out the same on every run,
-// each waits for all before it instead.
+// each waits for all before it instead. That round, from a look at the flag to its next value,
+// takes longer than a step: where there is a kernel for it, each storer serves both consumers, at
+// every second step.
 template <int kTile>
 struct BackwardStorer {
   static constexpr BackwardTile kT = kBackwardTiles[kTile];
   // The consumers share a step's dQ by rows or by columns.
   static constexpr bool kByRows = kT.tile_q == 128;
+  static constexpr bool kInTurns = kT.deterministic;
   using Memory = BackwardMemory<kTile>;
   using Tile = KeyTile<kT.tile_q>;
 
-  const BackwardMaps& maps;
   const BackwardParams& params;
   Memory smem;
   const Tile* tiles;
-  int consumer;
+  int which;
+  uint32_t step = 0;  // the gradients of a tile count as one
 
-  __device__ __forceinline__ void run() const {
+  __device__ __forceinline__ void run(const BackwardMaps& maps) {
     const BackwardProblem& p = params.problem;
     const int group = p.heads_q / p.heads_kv;
-    const uint32_t full = smem.dquery_full(consumer), empty = smem.dquery_empty(consumer);
-    const uint32_t from = smem.dquery(consumer);
-    uint32_t parity = 0;
     Ring<2> ring;
     ptx::wait_prerequisites();  // before the first look at a flag
     for (;;) {
       ptx::mbarrier_wait(smem.tile_full(ring.stage), ring.parity);
       const Tile& tile = tiles[ring.stage];
       if (tile.block < 0) break;
-      for (int head = tile.head_kv * group; head < (tile.head_kv + 1) * group; ++head) {
-        const int64_t head_row = (int64_t{tile.batch} * p.heads_q + head) * params.rows_per_head;
+      for (int query_tile = tile.end - 1; query_tile >= tile.begin; --query_tile) {
 #pragma unroll 1
-        for (int query_tile = tile.end - 1; query_tile >= tile.begin; --query_tile) {
-          const int64_t row = head_row + query_tile * kT.tile_q + (kByRows ? 64 * consumer : 0);
-          int32_t* flag = params.turns + row / 16 + (kByRows ? 0 : consumer);
-          const int before = kT.masked ? tile.visitors_before(p, query_tile) : tile.block;
-          if (before > 0) {  // asked for ahead of the data: mostly true long before
-            const int turn = p.deterministic ? before : 1;
-            while (ptx::load_acquire(flag) < turn) {
-            }
-            ptx::fence_async_global();
-          }
-          ptx::mbarrier_wait(full, parity);
-          parity ^= 1;
-          float* sums = params.dquery_sums + row * p.head_dim;
-          if (kT.transposed()) {
-            add(sums + 64 * kT.tile_q * consumer, from, kT.stage_bytes(), before == 0);
-          } else {
-            // Strips of 16 rows, one of each warp of the consumer: 8 blocks of 8 columns, or
-            // fewer.
-            const int first = kByRows ? 0 : 8 * consumer;
-            const int blocks = min(8, p.head_dim / 8 - first);
-            for (int strip = 0; blocks > 0 && strip < 4; ++strip) {
-              add(sums + 16 * strip * p.head_dim + first * 128, from + strip * 4096, blocks * 512,
-                  before == 0);
-            }
-          }
-          ptx::bulk_commit();
-          ptx::bulk_wait_read<0>();
-          ptx::mbarrier_arrive(empty);
-          if (before == 0 || p.deterministic) {
-            ptx::bulk_wait<0>();
-            ptx::fence_async_global();
-            ptx::add_release(flag, 1);
-          }
+        for (int head = 0; head < group; ++head, ++step) {
+          if (mine()) add(tile, query_tile, head + tile.head_kv * group);
         }
       }
-      ptx::mbarrier_wait(full, parity);
-      parity ^= 1;
-      const int row = tile.first_key() + 64 * consumer;
-      for (int panel = 0; panel < kT.panels(); ++panel) {
-        ptx::tma_store(&maps.dvalue, smem.ds(panel) + consumer * Memory::kQueryPanel, panel * 64,
-                       row, tile.head_kv, tile.batch);
-        ptx::tma_store(&maps.dkey, from + panel * 64 * Memory::kRow, panel * 64, row, tile.head_kv,
-                       tile.batch);
-      }
-      ptx::bulk_commit();
+      if (mine()) store(maps, tile);
+      const int key_head = tile.batch * p.heads_kv + tile.head_kv;
       ptx::mbarrier_arrive(smem.tile_empty(ring.stage));
       ring.next();
-      ptx::bulk_wait_read<0>();
-      ptx::mbarrier_arrive(empty);
+      if (mine()) {
+        ptx::bulk_wait_read<0>();
+        for (int consumer = first(); consumer < end(); ++consumer) {
+          ptx::mbarrier_arrive(smem.dquery_empty(consumer));
+        }
+      }
+      ++step;
+      if (kT.finishes() && params.finish_inside) {
+        ptx::bulk_wait<0>();
+        ptx::fence_async_global();
+        ptx::add_release(params.finished + key_head, 1);
+      }
     }
     ptx::bulk_wait<0>();
   }
 
  private:
+  // The steps and the consumers, [first, end), that this storer serves.
+  __device__ __forceinline__ bool mine() const { return !kInTurns || (step ^ which) % 2 == 0; }
+  __device__ __forceinline__ int first() const { return kInTurns ? 0 : which; }
+  __device__ __forceinline__ int end() const { return kInTurns ? 2 : which + 1; }
+  __device__ __forceinline__ void wait_full(int consumer) const {
+    if constexpr (kInTurns) {
+      ptx::mbarrier_wait(smem.dquery_full(consumer, step % 2), step / 2 % 2);
+    } else {
+      ptx::mbarrier_wait(smem.dquery_full(consumer), step % 2);
+    }
+  }
+
+  // The dQ of a step.
+  __device__ __forceinline__ void add(const Tile& tile, int query_tile, int head) const {
+    const BackwardProblem& p = params.problem;
+    const int64_t row =
+        (int64_t{tile.batch} * p.heads_q + head) * params.rows_per_head + query_tile * kT.tile_q;
+    int32_t* flag = params.turns + row / 16 + first();
+    const int before = kT.masked ? tile.visitors_before(p, query_tile) : tile.block;
+    if (before > 0) {  // asked for ahead of the data: mostly true long before
+      const int turn = p.deterministic ? before : 1;
+      while (ptx::load_acquire(flag) < turn) {
+      }
+      ptx::fence_async_global();
+    }
+    float* sums = params.dquery_sums + row * p.head_dim;
+#pragma unroll 1
+    for (int consumer = first(); consumer < end(); ++consumer) {
+      wait_full(consumer);
+      const uint32_t from = smem.dquery(consumer);
+      if (kT.transposed()) {
+        add(sums + 64 * kT.tile_q * consumer, from, kT.stage_bytes(), before == 0);
+      } else {
+        // Strips of 16 rows, one of each warp of the consumer: 8 blocks of 8 columns, or fewer.
+        const int column = kByRows ? 0 : 8 * consumer;
+        const int blocks = min(8, p.head_dim / 8 - column);
+        float* to = sums + (kByRows ? 64 * consumer * p.head_dim : 0) + column * 128;
+        for (int strip = 0; blocks > 0 && strip < 4; ++strip) {
+          add(to + 16 * strip * p.head_dim, from + strip * 4096, blocks * 512, before == 0);
+        }
+      }
+      ptx::bulk_commit();
+    }
+    if constexpr (kInTurns) {
+      ptx::bulk_wait_read<1>();
+      ptx::mbarrier_arrive(smem.dquery_empty(0));
+    }
+    ptx::bulk_wait_read<0>();
+    ptx::mbarrier_arrive(smem.dquery_empty(end() - 1));
+    if (before == 0 || p.deterministic) {
+      ptx::bulk_wait<0>();
+      ptx::fence_async_global();
+      ptx::add_release(flag, 1);
+    }
+  }
+
   static __device__ __forceinline__ void add(float* to, uint32_t from, uint32_t bytes,
                                              bool first) {
     if (first) {
@@ -225,6 +251,22 @@ struct BackwardStorer {
     } else {
       ptx::bulk_add(to, from, bytes);
     }
+  }
+
+  // dK and dV of a tile.
+  __device__ __forceinline__ void store(const BackwardMaps& maps, const Tile& tile) const {
+#pragma unroll 1
+    for (int consumer = first(); consumer < end(); ++consumer) {
+      wait_full(consumer);
+      const int row = tile.first_key() + 64 * consumer;
+      for (int panel = 0; panel < kT.panels(); ++panel) {
+        ptx::tma_store(&maps.dvalue, smem.ds(panel) + consumer * Memory::kQueryPanel, panel * 64,
+                       row, tile.head_kv, tile.batch);
+        ptx::tma_store(&maps.dkey, smem.dquery(consumer) + panel * 64 * Memory::kRow, panel * 64,
+                       row, tile.head_kv, tile.batch);
+      }
+    }
+    ptx::bulk_commit();
   }
 };
 

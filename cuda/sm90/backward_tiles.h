@@ -25,28 +25,34 @@ struct BackwardTile {
   FLASH2_HOST_DEVICE constexpr int stage_bytes() const { return 2 * head_dim * tile_q; }
   FLASH2_HOST_DEVICE constexpr int ds_bytes() const { return 2 * tile_q * tile_kv(); }
   // One: K, V, two stages of Q and of dO, two of dS, the float32 dQ.
+  // With a finisher: the float32 sums of a step's dQ besides.
   // Pair: K, V, half of the other block's K, two stages of Q and of dO, dS.
   FLASH2_HOST_DEVICE constexpr int tiles_bytes() const {
     return 2 * kv_bytes() + 4 * stage_bytes() +
-           (blocks == 1 ? 2 * ds_bytes() + 2 * stage_bytes() : kv_bytes() / 2 + ds_bytes());
+           (blocks == 1 ? 2 * ds_bytes() + 2 * stage_bytes() : kv_bytes() / 2 + ds_bytes()) +
+           (finishes() ? 2 * stage_bytes() : 0);
   }
   // Logsumexps or deltas of a step; TMA writes to multiples of 128.
   FLASH2_HOST_DEVICE constexpr int rows_bytes() const { return (4 * tile_q + 127) / 128 * 128; }
+  FLASH2_HOST_DEVICE constexpr int barriers_bytes() const { return 256; }
   // Two stages of logsumexps and deltas, two key tiles (KeyTile), barriers.
   FLASH2_HOST_DEVICE constexpr int smem_bytes() const {
-    return tiles_bytes() + 4 * rows_bytes() + 2 * 64 + 192;
+    return tiles_bytes() + 4 * rows_bytes() + 2 * 64 + barriers_bytes();
   }
+  // Has a warp that makes dQ from its sums while the others go on (backward_finish.cuh).
+  FLASH2_HOST_DEVICE constexpr bool finishes() const { return head_dim == 64; }
   // A step's dQ is computed as its transpose, of which each consumer has 64 rows.
   FLASH2_HOST_DEVICE constexpr bool transposed() const { return tile_q % 64 != 0; }
 };
 
 inline constexpr BackwardTile kBackwardTiles[] = {
-    {64, 128, 1, false, false},  // 194 KB
-    {64, 128, 1, true, false},   // 194 KB
+    {64, 128, 1, false, false},  // 226 KB
+    {64, 128, 1, true, false},   // 226 KB
     {128, 64, 1, false, false},  // 193 KB
     // 226 KB. For long walks: a fifth fewer steps, hence barriers.
     {128, 80, 1, false, false},
     {128, 64, 1, true, false},   // 193 KB
+    {128, 64, 1, true, true},    // 193 KB
     {256, 64, 2, false, false},  // 225 KB, twice
     {256, 64, 2, true, false},   // 225 KB, twice
     {256, 64, 2, true, true},    // 225 KB, twice

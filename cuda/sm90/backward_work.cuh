@@ -1,9 +1,11 @@
 // From the number of a key tile to what it is, and the order in which its query tiles are visited.
 //
-// Query tiles go from the last to the first, query head after query head of the group. All key
-// tiles of a head thus walk through the same Q and dO at about the same time, and the float32 sums
-// of a query tile come together while they are in the L2 cache. It is the right order for the sums
-// too: tiles are numbered so that one waits only for such as started before it.
+// Query tiles go from the last to the first, each for all query heads of the group. All key tiles
+// of a head thus walk through the same Q and dO at about the same time, and the float32 sums of a
+// query tile come together while they are in the L2 cache. It is the right order for the sums too:
+// tiles are numbered so that one waits only for such as started before it. (Head after head, a key
+// tile with a short walk would be ahead of the first one by the second head, and wait for it.
+// Pairs, which wait for nobody, do go head after head.)
 #pragma once
 
 #include <cstdint>

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstdlib>
 
 #include "sm90/backward_tiles.h"
 
@@ -26,8 +27,9 @@ bool serves(const Device& device, const BackwardProblem& p) {
 
 void choose_tile(const BackwardProblem& p, BackwardPlan* plan) {
   const bool pair = plan->head_dim == 256;
-  const bool deterministic = pair && p.deterministic;
-  const bool masked = has_masks(p) || deterministic;
+  const bool masked = has_masks(p) || (pair && p.deterministic);
+  // At 128 without masks, and at 64, the kernel for it would be no faster.
+  const bool deterministic = p.deterministic && masked && plan->head_dim > 64;
   // 80 query rows a step: 4 % faster from 8192 on, slower below. Made for whole panels.
   const bool large = plan->head_dim == 128 && !masked && p.seq_q >= kLongRows &&
                      p.head_dim == 128 && !p.dscale_rows;
@@ -49,16 +51,43 @@ void choose_tile(const BackwardProblem& p, BackwardPlan* plan) {
   }
 }
 
-int32_t section(const Device& device, const BackwardPlan& plan, int64_t heads, int32_t cached,
+bool finishes_inside(const BackwardProblem& p, const BackwardPlan& plan) {
+  // How many key tiles add to a query tile must be plain to see, and be more than none.
+  const bool plain = p.window_left == kUnbounded && p.window_right == kUnbounded &&
+                     p.chunk_size == 0 && p.query_offset == 0 && !p.query_offset_operand.data &&
+                     !p.prefix_lengths.data && !p.query_seq_lengths.data &&
+                     !p.key_value_seq_lengths.data;
+  return plain && kBackwardTiles[plan.variant].finishes() && p.head_dim == plan.head_dim &&
+         !p.dscale_rows;
+}
+
+int32_t section(const Device& device, const BackwardPlan& plan, int64_t heads, int64_t cached,
                 bool deterministic) {
   const int64_t workers = device.num_sms / kBackwardTiles[plan.variant].blocks;
-  // The longest tile must not take longer than a worker's share of the section, of which the mean
-  // tile is half as long: else the last section ends with one tile.
-  int64_t least = (2 * workers + plan.tiles_kv - 1) / plan.tiles_kv;
-  // Where key tiles wait for their turn, some eight of a head should be at work at once: the last
-  // of n begins n steps late.
-  if (deterministic) least = std::max(least, workers / 8);
-  return static_cast<int32_t>(std::min<int64_t>(heads, std::max<int64_t>(cached, least)));
+  const int64_t tiles = plan.tiles_kv;
+  // Some eight tiles of a head at work at once share its Q and dO, and wait little for their turn.
+  const int64_t eighth = std::max<int64_t>(workers / 8, 1);
+  int64_t target;
+  if (tiles <= eighth) {  // all of a head's tiles at once
+    target = std::max(eighth, (workers + tiles / 2) / tiles);
+  } else {
+    // The longest tile should not take longer than a worker's share of the section, of which the
+    // mean tile is half as long: else the last section ends with one tile.
+    target = std::max(cached, (2 * workers + tiles / 2) / tiles);
+    if (deterministic) target = std::max(target, eighth);
+  }
+  // For the same reason no section should be much smaller than the others, the last one least of
+  // all: of the sizes about there, the one that divides the heads best.
+  target = std::min(heads, target);
+  int64_t best = target;
+  const auto last = [&](int64_t size) { return heads - (heads - 1) / size * size; };
+  for (int64_t size = target * 2 / 3; size <= std::min(heads, target * 3 / 2); ++size) {
+    if (size < 1) continue;
+    const int64_t better = last(size) * best - last(best) * size;  // as fractions of the size
+    const bool nearer = std::abs(size - target) < std::abs(best - target);
+    if (better > 0 || (better == 0 && nearer)) best = size;
+  }
+  return static_cast<int32_t>(best);
 }
 
 int64_t grid(const Device& device, const BackwardPlan& plan, int64_t tiles) {

@@ -12,9 +12,12 @@ bool serves(const Device& device, const BackwardProblem& problem);
 // Chooses the tile and what follows from it alone; grid and order of the tiles are the caller's.
 void choose_tile(const BackwardProblem& problem, BackwardPlan* plan);
 
+// Whether the main kernel makes dQ from its sums by itself, with this tile.
+bool finishes_inside(const BackwardProblem& problem, const BackwardPlan& plan);
+
 // Of this many key heads, how many are walked together under a causal mask, where `cached` fit the
 // L2 cache.
-int32_t section(const Device& device, const BackwardPlan& plan, int64_t heads, int32_t cached,
+int32_t section(const Device& device, const BackwardPlan& plan, int64_t heads, int64_t cached,
                 bool deterministic);
 
 // Blocks of the main kernel for this many key tiles.

@@ -51,7 +51,14 @@ int encode_maps(const BackwardParams& params, const BackwardTile& tile, Backward
           encode_row_map(params.lse2, heads, params.rows_per_head, tile.tile_q, &maps->lse2)) {
     return error;
   }
-  return encode_row_map(params.delta, heads, params.rows_per_head, tile.tile_q, &maps->delta);
+  if (int error =
+          encode_row_map(params.delta, heads, params.rows_per_head, tile.tile_q, &maps->delta)) {
+    return error;
+  }
+  if (!params.finish_inside) return cudaSuccess;
+  const int64_t sums = heads * params.rows_per_head * p.head_dim;
+  return encode_row_map(params.dquery_sums, sums / 256, 256, 256, &maps->sums,
+                        tile.tile_q * tile.head_dim / 256);
 }
 
 }  // namespace
@@ -68,7 +75,7 @@ int launch_backward(const BackwardProblem& problem, const BackwardPlan& plan,
     return error;
   }
   const BackwardTile& tile = kBackwardTiles[plan.variant];
-  BackwardMaps maps;
+  BackwardMaps maps = {};
   if (int error = encode_maps(params, tile, &maps)) return error;
 
   cudaLaunchAttribute attributes[2] = {};

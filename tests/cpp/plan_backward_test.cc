@@ -153,16 +153,74 @@ CASE(backward_on_hopper_takes_longer_steps_where_nothing_is_hidden) {
   CHECK(plan_backward(kH100, p).tile_q == 64, "");
 }
 
-// Else the last of them would begin with its longest tile when all the others are done.
-CASE(backward_on_hopper_walks_few_key_heads_together) {
-  BackwardProblem p = problem(128, 8192, 8192, 2, 16, 2);
-  p.is_causal = true;
-  CHECK(plan_backward(kH100, p).section == 4, "");
-  p = problem(128, 512, 512, 32, 16, 16);
-  p.is_causal = true;
-  CHECK(plan_backward(kH100, p).section == 66, "");
-  p.is_causal = false;
+CASE(backward_on_hopper_walks_heads_in_like_sections) {
+  const auto section = [](int32_t head_dim, int32_t seq, int32_t heads_kv, int32_t group = 1,
+                          bool deterministic = false) {
+    BackwardProblem p = problem(head_dim, seq, seq, 1, heads_kv * group, heads_kv);
+    p.is_causal = true;
+    p.deterministic = deterministic;
+    return plan_backward(kH100, p).section;
+  };
+  // As many as the L2 cache holds, or as give two rounds of tiles.
+  CHECK(section(128, 16384, 16) == 2 && section(128, 8192, 32) == 4, section(128, 8192, 32));
+  CHECK(section(64, 8192, 64) == 8 && section(256, 4096, 32) == 4, section(64, 8192, 64));
+  CHECK(section(128, 8192, 4, 8) == 4, "a group of 8: two rounds of tiles");
+  // All tiles of a short head at once.
+  CHECK(section(128, 512, 512) == 32 && section(128, 1024, 256) == 16, section(128, 512, 512));
+  CHECK(section(256, 1024, 128) == 8, section(256, 1024, 128));
+  // Where they wait for their turn, few of a head.
+  CHECK(section(128, 8192, 32, 1, true) == 16, section(128, 8192, 32, 1, true));
+  // The last section ends with one tile if it is smaller than the others.
+  for (int32_t seq : {512, 2048, 8192, 32768}) {
+    for (int32_t heads = 1; heads <= 100; ++heads) {
+      const int32_t size = section(128, seq, heads);
+      const int32_t last = (heads - 1) % size + 1;
+      CHECK(2 * last >= size, heads << " heads of " << seq << ": sections of " << size);
+    }
+  }
+  BackwardProblem p = problem(128, 512, 512, 32, 16, 16);
   CHECK(plan_backward(kH100, p).section == 1, "");
+}
+
+// A query tile's dQ is made when the last of its key tiles has added, which must be plain to see.
+CASE(backward_on_hopper_makes_the_gradient_inside_where_it_can_count) {
+  const auto check = [&](bool inside, const char* what, void (*set)(BackwardProblem&)) {
+    BackwardProblem p = problem(64);
+    set(p);
+    CHECK(plan_backward(kH100, p).finish_inside == inside, what);
+  };
+  static const auto lengths = static_cast<const int32_t*>(address(5 << 20));
+  check(true, "plain", [](BackwardProblem&) {});
+  check(true, "causal", [](BackwardProblem& p) { p.is_causal = true; });
+  check(true, "deterministic", [](BackwardProblem& p) { p.deterministic = true; });
+  check(true, "ragged keys", [](BackwardProblem& p) { p.seq_kv = 500; });
+  check(false, "left", [](BackwardProblem& p) { p.window_left = 600; });
+  check(false, "right", [](BackwardProblem& p) { p.window_right = 600; });
+  check(false, "chunk", [](BackwardProblem& p) { p.chunk_size = 64; });
+  check(false, "offset", [](BackwardProblem& p) { p.query_offset = -1; });
+  check(false, "offsets", [](BackwardProblem& p) { p.query_offset_operand.data = lengths; });
+  check(false, "prefix", [](BackwardProblem& p) { p.prefix_lengths.data = lengths; });
+  check(false, "query lengths", [](BackwardProblem& p) { p.query_seq_lengths.data = lengths; });
+  check(false, "key lengths", [](BackwardProblem& p) { p.key_value_seq_lengths.data = lengths; });
+  check(false, "scale's gradient",
+        [](BackwardProblem& p) { p.dscale_rows = static_cast<float*>(address(6 << 20)); });
+  for (int head_dim : {56, 128, 256}) {
+    CHECK(!plan_backward(kH100, problem(head_dim)).finish_inside, head_dim);
+  }
+}
+
+CASE(backward_on_hopper_has_kernels_for_deterministic_sums) {
+  const auto variant = [](int32_t head_dim, bool causal, bool deterministic) {
+    BackwardProblem p = problem(head_dim);
+    p.is_causal = causal;
+    p.deterministic = deterministic;
+    return plan_backward(kH100, p).variant;
+  };
+  CHECK(variant(128, true, true) != variant(128, true, false), "128, masks");
+  CHECK(variant(256, true, true) != variant(256, true, false), "256, masks");
+  CHECK(variant(256, false, true) == variant(256, true, true), "256: with code for masks");
+  CHECK(variant(128, false, true) == variant(128, false, false), "128");
+  CHECK(variant(64, true, true) == variant(64, true, false), "64");
 }
 
 CASE(backward_on_hopper_leaves_the_rest_to_sm80) {
