@@ -39,7 +39,7 @@ struct SectionPlace {
 template <int kTileQ, int kTileKv>
 struct ForwardWork {
   int batch;
-  int head;
+  int head;         // or pack of heads
   int row0;         // of the tile
   int q_length;     // rows at or past it see nothing
   const char* key;  // of the batch entry and the head
@@ -47,8 +47,10 @@ struct ForwardWork {
   Visibility visibility;
   BlockRange<kTileKv> range;
 
-  __device__ __forceinline__ ForwardWork(const ForwardParams& params, uint32_t tile)
-      : ForwardWork(params, Place(params, tile)) {}
+  // `rows` of each head are in a tile: fewer than kTileQ where it holds several heads.
+  __device__ __forceinline__ ForwardWork(const ForwardParams& params, uint32_t tile,
+                                         int rows = kTileQ)
+      : ForwardWork(params, Place(params, tile, rows), rows) {}
 
  private:
   struct Place {
@@ -57,26 +59,25 @@ struct ForwardWork {
     int row0;
     int q_length;
 
-    __device__ __forceinline__ Place(const ForwardParams& params, uint32_t tile) {
+    __device__ __forceinline__ Place(const ForwardParams& params, uint32_t tile, int rows) {
       const ForwardProblem& p = params.problem;
-      const SectionPlace at(tile, params.tiles_q, params.heads, params.section,
+      const SectionPlace at(tile, params.tiles_q, params.all_packs, params.section,
                             params.section_tiles);
-      batch = params.heads_q.divide(at.head);
-      head = at.head - batch * p.heads_q;
-      row0 = static_cast<int>(params.tiles_q - 1 - at.turn) * kTileQ;
+      batch = params.packs.divide(at.head);
+      head = at.head - batch * params.packs.value;
+      row0 = static_cast<int>(params.tiles_q - 1 - at.turn) * rows;
       q_length = p.seq_q;
       if (p.query_seq_lengths.data) q_length = min(q_length, p.query_seq_lengths.at(batch));
     }
   };
 
-  __device__ __forceinline__ ForwardWork(const ForwardParams& params, const Place& place)
+  __device__ __forceinline__ ForwardWork(const ForwardParams& params, const Place& place, int rows)
       : batch(place.batch),
         head(place.head),
         row0(place.row0),
         q_length(place.q_length),
         visibility(params.problem, place.batch),
-        range(params.problem, visibility, place.row0,
-              min(place.row0 + kTileQ, place.q_length) - 1) {
+        range(params.problem, visibility, place.row0, min(place.row0 + rows, place.q_length) - 1) {
     const ForwardProblem& p = params.problem;
     const int head_kv = params.group.divide(head);
     key = static_cast<const char*>(p.key) +

@@ -10,6 +10,37 @@ bool has_masks(const ForwardProblem& p) {
          p.chunk_size > 0 || p.query_seq_lengths.data || p.key_value_seq_lengths.data;
 }
 
+// The first tile of the bucket that packs heads, or the one that serves the problem without.
+int find_tile(const ForwardProblem& p, int32_t head_dim, bool packs) {
+  const bool masked = has_masks(p);
+  int found = -1;
+  for (int i = 0; i < kForwardTileCount; ++i) {
+    const ForwardTile& tile = kForwardTiles[i];
+    if (tile.head_dim != head_dim || (packs ? !tile.packs() : tile.masked != masked)) continue;
+    found = i;
+    if (packs || p.seq_q <= kShort) break;
+  }
+  return found;
+}
+
+// How many heads of a group share a tile: what makes fewest tiles, if that saves an eighth of
+// them. Depends on no batch size: a row is summed alike in all of them.
+int32_t choose_pack(const ForwardProblem& p, int32_t tile_q, int32_t packed_tile_q) {
+  if (p.heads_q == p.heads_kv) return 1;
+  const auto tiles = [&](int32_t pack, int32_t rows) {
+    return packs_of_heads(p, pack) * tiles_of_pack(p, pack, rows);
+  };
+  int32_t best = 1;
+  int64_t fewest = tiles(1, tile_q) * 7 / 8 + 1;
+  for (int32_t pack = 2; pack <= kMostPackedHeads && pack / 2 < p.heads_q / p.heads_kv;
+       pack *= 2) {
+    if (tiles(pack, packed_tile_q) >= fewest) continue;
+    fewest = tiles(pack, packed_tile_q);
+    best = pack;
+  }
+  return best;
+}
+
 }  // namespace
 
 bool serves(const Device& device, const ForwardProblem& p) {
@@ -20,13 +51,11 @@ bool serves(const Device& device, const ForwardProblem& p) {
 
 void choose_tile(const ForwardProblem& p, ForwardPlan* plan) {
   plan->family = 90;
-  const bool masked = has_masks(p);
-  for (int i = 0; i < kForwardTileCount; ++i) {
-    const ForwardTile& tile = kForwardTiles[i];
-    if (tile.head_dim != plan->head_dim || tile.masked != masked) continue;
-    plan->variant = i;
-    if (p.seq_q <= kShort) break;
-  }
+  plan->variant = find_tile(p, plan->head_dim, false);
+  const int packing = find_tile(p, plan->head_dim, true);
+  plan->pack =
+      choose_pack(p, kForwardTiles[plan->variant].tile_q(), kForwardTiles[packing].tile_q());
+  if (plan->pack > 1) plan->variant = packing;
   const ForwardTile& tile = kForwardTiles[plan->variant];
   plan->tile_q = tile.tile_q();
   plan->tile_kv = tile.tile_kv;

@@ -19,6 +19,9 @@ bool counts_tiles(const ForwardPlan& plan);
 
 inline constexpr size_t kCounterBytes = 16;
 
+// A consumer's 64 rows are whole positions, so that one box brings them.
+inline constexpr int32_t kMostPackedHeads = 64;
+
 // Heads that are walked together: no more than run at once at short lengths, or each would read
 // its K and V from memory alone, and the sections' first tiles would wait for it.
 inline constexpr int32_t kMostSectionHeads = 8;

@@ -44,7 +44,7 @@ struct Consumer {
   float decay[2];        // what O has yet to be multiplied by
   bool decayed;          // whether some row of the warp has to
   bool pending = false;  // the tile before has yet to be stored
-  Output<kType> output;
+  Output<kType, kT.packs()> output;
   float norm[2];
   int row_begin[2], row_end[2];  // keys that the thread's rows see
   int warp_begin, warp_end;      // keys that all rows of the warp see
@@ -102,7 +102,7 @@ struct Consumer {
       q_ring.next();
       wait_for_first(next);
       multiply(s, o, probabilities);
-      output = Output<kType>(p, work.batch, work.head, first_row(work));
+      output = Output<kType, kT.packs()>(p, schedule, work, first_row());
       finish(work);
       start_tile(next);
       ptx::wgmma_wait<1>();
@@ -206,10 +206,8 @@ struct Consumer {
 
   // --- Softmax
 
-  // The first of the thread's rows.
-  __device__ __forceinline__ int first_row(const Work& work) const {
-    return work.row0 + 64 * consumer + 16 * warp + lane / 4;
-  }
+  // The first of the thread's rows in the tile; 8 below it is the other.
+  __device__ __forceinline__ int first_row() const { return 64 * consumer + 16 * warp + lane / 4; }
 
   __device__ __forceinline__ void start_tile(const Work& work) {
     softmax = OnlineSoftmax<2>();
@@ -217,7 +215,8 @@ struct Consumer {
     if constexpr (kT.masked) {
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        const Interval keys = work.visibility.row(params.problem, first_row(work) + 8 * r);
+        const int position = RowPlace<kT.packs()>(schedule, work, first_row() + 8 * r).position;
+        const Interval keys = work.visibility.row(params.problem, position);
         row_begin[r] = keys.begin;
         row_end[r] = keys.end;
       }
@@ -230,7 +229,7 @@ struct Consumer {
 
   __device__ __forceinline__ void store(float (&o)[kD / 2]) {
     if (!pending) return;
-    output.store(params.problem, o, norm);
+    output.store(params.problem, schedule, o, norm);
 #pragma unroll
     for (int i = 0; i < kD / 2; ++i) o[i] = 0.0f;
     pending = false;
@@ -239,14 +238,14 @@ struct Consumer {
   __device__ __forceinline__ void finish(const Work& work) {
     const ForwardProblem& p = params.problem;
     const bool has_sink = p.sinks.data != nullptr;
-    const float sink = has_sink ? p.sinks.at(work.batch, work.head) : 0.0f;
     float lse[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const bool visible = first_row(work) + 8 * r < work.q_length;
-      norm[r] = softmax.finish(r, visible, factor, has_sink, sink, &lse[r]);
+      const RowPlace<kT.packs()> row(schedule, work, first_row() + 8 * r);
+      const float sink = has_sink && row.exists(p) ? p.sinks.at(work.batch, row.head) : 0.0f;
+      norm[r] = softmax.finish(r, row.position < work.q_length, factor, has_sink, sink, &lse[r]);
     }
-    output.store_lse(p, lse);
+    output.store_lse(p, schedule, lse);
   }
 
   // A tile's first scores become exponentials.

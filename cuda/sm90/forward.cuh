@@ -41,7 +41,7 @@ __global__ void __launch_bounds__(kForwardTiles[kTile].threads(), 1)
   __syncthreads();
   if (group == 0) {
     ptx::lower_registers<kT.producer_registers()>();
-    if (warp == 0) Producer<kTile>{maps, params, smem, lane == 0}.run();
+    if (warp == 0) Producer<kTile>{maps, params, schedule, smem, lane == 0}.run();
     if (warp == 1) scheduler.run();
   } else {
     ptx::raise_registers<kT.consumer_registers()>();

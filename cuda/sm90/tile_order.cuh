@@ -46,7 +46,7 @@ struct Scheduler {
 
  private:
   __device__ __forceinline__ void write(uint32_t tile, uint32_t stage) const {
-    const Work work = Work::find<kTile>(params, tile, schedule.tiles);
+    const Work work = Work::find<kTile>(params, schedule, tile);
     if (leader) work.store(smem.tile(stage));
   }
 };

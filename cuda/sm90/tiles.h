@@ -25,6 +25,9 @@ struct ForwardTile {
   int split;           // eighths of a step's exponentials that must not wait for P V
 
   FLASH2_HOST_DEVICE constexpr int stages() const { return 2; }  // of K and of V
+  // Whether a tile may hold several query heads of a key head. The others have no registers for it
+  // (head_dim 64, three consumers) or no masks, and where heads are packed copies take the time.
+  FLASH2_HOST_DEVICE constexpr bool packs() const { return masked && consumers == 2; }
   FLASH2_HOST_DEVICE constexpr int tile_q() const { return 64 * consumers; }
   FLASH2_HOST_DEVICE constexpr int threads() const { return 128 * (consumers + 1); }
   // Of 65536 registers; the producer's warpgroup gives what it does not need.
