@@ -36,7 +36,8 @@ struct ForwardParams {
   uint32_t all_packs;
   Divisor section;  // packs that are walked together: scheduler.cuh
   Divisor section_tiles;
-  Divisor packs;  // per batch entry
+  uint32_t last_section;  // ForwardPlan
+  Divisor packs;          // per batch entry
   Divisor group;  // packs per key head
 };
 
@@ -47,6 +48,7 @@ inline ForwardParams make_params(const ForwardProblem& problem, const ForwardPla
           problem.batch * packs,
           Divisor(section),
           Divisor(section * tiles_q),
+          static_cast<uint32_t>(plan.last_section),
           Divisor(packs),
           Divisor(packs / problem.heads_kv)};
 }

@@ -155,7 +155,7 @@ ForwardPlan plan_forward(const Device& device, const ForwardProblem& p, int32_t 
     const int64_t kv_bytes = std::max<int64_t>(
         1, 2 * int64_t{p.seq_kv} * (p.head_dim + p.head_dim_v) * p.heads_kv / plan.packs);
     plan.section = static_cast<int32_t>(std::clamp<int64_t>(kSectionBytes / kv_bytes, 1, packs));
-    if (plan.family == 90) plan.section = std::min(plan.section, sm90::kMostSectionHeads);
+    if (plan.family == 90) sm90::choose_sections(device, packs, &plan);
   }
   return plan;
 }

@@ -11,18 +11,19 @@
 namespace flash2 {
 
 // Tile number `index` in an order that walks heads in sections and, inside a section, takes one
-// tile of each of its heads in turn.
+// tile of each of its heads in turn. From head `last` on, all that are left are one section.
 struct SectionPlace {
   uint32_t head;
   uint32_t turn;  // tiles of this head that come before
 
   __device__ __forceinline__ SectionPlace(uint32_t index, uint32_t tiles, uint32_t heads,
-                                          const Divisor& section, const Divisor& section_tiles) {
-    const uint32_t first = section_tiles.divide(index) * section.value;
+                                          const Divisor& section, const Divisor& section_tiles,
+                                          uint32_t last = ~0u) {
+    const uint32_t first = min(section_tiles.divide(index) * section.value, last);
     const uint32_t rest = index - first * tiles;
     uint32_t count = section.value;
     turn = section.divide(rest);
-    if (count > heads - first) {  // the last section is smaller
+    if (first == last || count > heads - first) {  // the last section has another size
       count = heads - first;
       turn = rest / count;
     }
@@ -62,7 +63,7 @@ struct ForwardWork {
     __device__ __forceinline__ Place(const ForwardParams& params, uint32_t tile, int rows) {
       const ForwardProblem& p = params.problem;
       const SectionPlace at(tile, params.tiles_q, params.all_packs, params.section,
-                            params.section_tiles);
+                            params.section_tiles, params.last_section);
       batch = params.packs.divide(at.head);
       head = at.head - batch * params.packs.value;
       row0 = static_cast<int>(params.tiles_q - 1 - at.turn) * rows;

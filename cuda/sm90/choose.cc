@@ -1,5 +1,8 @@
 #include "sm90/choose.h"
 
+#include <algorithm>
+#include <cstdint>
+
 #include "sm90/tiles.h"
 
 namespace flash2::sm90 {
@@ -62,6 +65,19 @@ void choose_tile(const ForwardProblem& p, ForwardPlan* plan) {
   plan->stages = tile.stages();
   plan->block = tile.threads();
   plan->smem_bytes = tile.smem_bytes();
+}
+
+// Towards the end a block that begins a long tile keeps all others waiting, so the last section is
+// so large that its longest tiles are as much work as all its others: of tiles with 1, 2, ... n
+// blocks of keys, n on every multiprocessor and n (n - 1) / 2 of each of 2 * num_sms / (n - 1)
+// heads.
+void choose_sections(const Device& device, int64_t packs, ForwardPlan* plan) {
+  const int64_t most = plan->section;
+  plan->section = static_cast<int32_t>(std::min<int64_t>(most, kMostSectionHeads));
+  const int64_t wanted = 2 * device.num_sms / std::max(plan->tiles_q - 1, 1);
+  const int64_t last = std::min(std::max<int64_t>(wanted, plan->section), most);
+  const int64_t before = std::max<int64_t>(packs - last, 0) / plan->section;
+  plan->last_section = static_cast<int32_t>(before * plan->section);
 }
 
 bool counts_tiles(const ForwardPlan& plan) { return kForwardTiles[plan.variant].masked; }

@@ -14,6 +14,9 @@ bool serves(const Device& device, const ForwardProblem& problem);
 // Chooses the tile and what follows from it alone; grid and order of the tiles are the caller's.
 void choose_tile(const ForwardProblem& problem, ForwardPlan* plan);
 
+// Sections of the plan's size at most, and where the last begins, of `packs` in all.
+void choose_sections(const Device& device, int64_t packs, ForwardPlan* plan);
+
 // Whether the blocks take their tiles from a counter in the workspace.
 bool counts_tiles(const ForwardPlan& plan);
 
