@@ -38,7 +38,7 @@ struct ForwardParams {
   Divisor section_tiles;
   uint32_t last_section;  // ForwardPlan
   Divisor packs;          // per batch entry
-  Divisor group;  // packs per key head
+  Divisor group;          // packs per key head
 };
 
 inline ForwardParams make_params(const ForwardProblem& problem, const ForwardPlan& plan) {

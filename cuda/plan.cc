@@ -139,14 +139,16 @@ ForwardPlan plan_forward(const Device& device, const ForwardProblem& p, int32_t 
   const int64_t packs = int64_t{p.batch} * plan.packs;
   const int64_t tiles_q = tiles_of_pack(p, plan.pack, plan.tile_q), tiles = packs * tiles_q;
   plan.tiles_q = static_cast<int32_t>(tiles_q);
-  if (heads > INT32_MAX || tiles > INT32_MAX) {
+  if (heads > INT32_MAX || tiles * plan.splits > INT32_MAX) {
     plan.status = PlanStatus::kTooManyTiles;
     return plan;
   }
   plan.empty = tiles == 0;
   plan.grid = static_cast<uint32_t>(tiles);
-  if (plan.family == 90) {  // blocks that stay, one per multiprocessor
+  if (plan.family ==
+      90) {  // blocks that stay, one per multiprocessor, or clusters for a tile each
     plan.grid = static_cast<uint32_t>(std::min<int64_t>(tiles, device.num_sms));
+    if (plan.splits > 1) plan.grid = static_cast<uint32_t>(tiles * plan.splits);
     if (sm90::counts_tiles(plan)) plan.workspace_bytes = sm90::kCounterBytes;
   }
 

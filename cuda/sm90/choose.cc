@@ -13,17 +13,27 @@ bool has_masks(const ForwardProblem& p) {
          p.chunk_size > 0 || p.query_seq_lengths.data || p.key_value_seq_lengths.data;
 }
 
-// The first tile of the bucket that packs heads, or the one that serves the problem without.
-int find_tile(const ForwardProblem& p, int32_t head_dim, bool packs) {
+// The tile that serves the problem if heads are not packed.
+int find_tile(const ForwardProblem& p, int32_t head_dim) {
   const bool masked = has_masks(p);
   int found = -1;
   for (int i = 0; i < kForwardTileCount; ++i) {
     const ForwardTile& tile = kForwardTiles[i];
-    if (tile.head_dim != head_dim || (packs ? !tile.packs() : tile.masked != masked)) continue;
+    if (tile.head_dim != head_dim || tile.masked != masked || tile.joins) continue;
     found = i;
-    if (packs || p.seq_q <= kShort) break;
+    if (p.seq_q <= kShort) break;
   }
   return found;
+}
+
+// The bucket's tile that packs heads.
+int find_packing_tile(int32_t head_dim, bool joins) {
+  int i = 0;
+  while (kForwardTiles[i].head_dim != head_dim || !kForwardTiles[i].packs() ||
+         kForwardTiles[i].joins != joins) {
+    ++i;
+  }
+  return i;
 }
 
 // How many heads of a group share a tile: what makes fewest tiles, if that saves an eighth of
@@ -44,6 +54,17 @@ int32_t choose_pack(const ForwardProblem& p, int32_t tile_q, int32_t packed_tile
   return best;
 }
 
+// Among how many blocks the keys of a tile are shared out, where a head has so few queries that
+// there may be fewer tiles than multiprocessors. No block gets fewer than kLeastShare of the keys,
+// so that little is lost where there are many tiles: the batch size must not decide, as above.
+int32_t choose_splits(const ForwardProblem& p, int32_t pack, int32_t tile_q) {
+  const bool all_keys = p.window_left == kUnbounded && p.chunk_size == 0;
+  if (!all_keys || tiles_of_pack(p, pack, tile_q) != 1) return 1;
+  int32_t splits = 1;
+  while (splits < kMostSplits && p.seq_kv / (2 * splits) >= kLeastShare) splits *= 2;
+  return splits;
+}
+
 }  // namespace
 
 bool serves(const Device& device, const ForwardProblem& p) {
@@ -54,11 +75,16 @@ bool serves(const Device& device, const ForwardProblem& p) {
 
 void choose_tile(const ForwardProblem& p, ForwardPlan* plan) {
   plan->family = 90;
-  plan->variant = find_tile(p, plan->head_dim, false);
-  const int packing = find_tile(p, plan->head_dim, true);
-  plan->pack =
-      choose_pack(p, kForwardTiles[plan->variant].tile_q(), kForwardTiles[packing].tile_q());
-  if (plan->pack > 1) plan->variant = packing;
+  plan->variant = find_tile(p, plan->head_dim);
+  const int packing = find_packing_tile(plan->head_dim, false);
+  const int32_t packed_tile_q = kForwardTiles[packing].tile_q();
+  plan->pack = choose_pack(p, kForwardTiles[plan->variant].tile_q(), packed_tile_q);
+  plan->splits = choose_splits(p, plan->pack, packed_tile_q);
+  if (plan->splits > 1) {
+    plan->variant = find_packing_tile(plan->head_dim, true);
+  } else if (plan->pack > 1) {
+    plan->variant = packing;
+  }
   const ForwardTile& tile = kForwardTiles[plan->variant];
   plan->tile_q = tile.tile_q();
   plan->tile_kv = tile.tile_kv;
@@ -80,6 +106,8 @@ void choose_sections(const Device& device, int64_t packs, ForwardPlan* plan) {
   plan->last_section = static_cast<int32_t>(before * plan->section);
 }
 
-bool counts_tiles(const ForwardPlan& plan) { return kForwardTiles[plan.variant].masked; }
+bool counts_tiles(const ForwardPlan& plan) {
+  return kForwardTiles[plan.variant].masked && plan.splits == 1;
+}
 
 }  // namespace flash2::sm90

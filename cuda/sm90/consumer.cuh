@@ -4,12 +4,14 @@
 #include <cstdint>
 
 #include "mask.cuh"
+#include "ptx/cluster.cuh"
 #include "ptx/common.cuh"
 #include "ptx/mbarrier.cuh"
 #include "ptx/tma.cuh"
 #include "ptx/warpgroup.cuh"
 #include "ptx/wgmma.cuh"
 #include "sm80/scores.cuh"
+#include "sm90/join.cuh"
 #include "sm90/kernels.h"
 #include "sm90/output.cuh"
 #include "sm90/shared_memory.cuh"
@@ -96,6 +98,10 @@ struct Consumer {
 #pragma unroll 1
       for (; n < work.steps; ++n) step(n, [](Scores&) {});
 
+      if constexpr (kT.joins) {
+        join(work, o, probabilities);
+        return;
+      }
       // The last output beside the first scores of the next tile. After the last tile these are
       // computed of what is left in shared memory, and nobody reads them.
       const Work next = take_tile();
@@ -246,6 +252,28 @@ struct Consumer {
       norm[r] = softmax.finish(r, row.position < work.q_length, factor, has_sink, sink, &lse[r]);
     }
     output.store_lse(p, schedule, lse);
+  }
+
+  // The only tile of this block: the last output, and what the other blocks of the cluster have.
+  __device__ __forceinline__ void join(const Work& work, float (&o)[kD / 2],
+                                       const uint32_t (&probabilities)[kTileKv / 16][4]) {
+    if (kT.rescale_early) rescale(o);
+    ptx::mbarrier_wait(smem.v_full(v_ring.stage), v_ring.parity);
+    ptx::wgmma_fence();
+    multiply_pv(o, probabilities);
+    ptx::wgmma_wait<0>();
+    ptx::pin(o);
+    ptx::barrier_sync(Named::kAllConsumers, SharedMemory<kTile>::kConsumerThreads);
+    const Join<kTile, kType> join{params.problem, schedule, smem.k(0),
+                                  128 * consumer + 32 * warp + lane};
+    join.leave(first_row(), o, softmax);
+    ptx::cluster_arrive();
+    ptx::cluster_wait();
+    join.make(work, factor);
+    __syncwarp();
+    // Nobody leaves while others read what it has.
+    ptx::cluster_arrive();
+    ptx::cluster_wait();
   }
 
   // A tile's first scores become exponentials.

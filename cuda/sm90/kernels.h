@@ -28,6 +28,7 @@ struct ForwardSchedule {
   uint64_t key;       // of this launch: counter.cuh
   int pack_shift;     // the plan's pack is 1 << pack_shift
   int group;          // query heads per key head
+  int splits;         // the plan's
 };
 
 // The kernel for an index into kForwardTiles of this head_dim, or null. It takes a ForwardMaps, a

@@ -78,10 +78,20 @@ int launch_forward(const ForwardProblem& problem, const ForwardPlan& plan, void*
                            counts ? static_cast<TileCounter*>(workspace) : nullptr,
                            counts ? launch_key() : 0,
                            pack_shift,
-                           problem.heads_q / problem.heads_kv};
+                           problem.heads_q / problem.heads_kv,
+                           plan.splits};
+  cudaLaunchAttribute cluster = {};
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim = {static_cast<unsigned>(plan.splits), 1, 1};
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(plan.grid);
+  config.blockDim = dim3(plan.block);
+  config.dynamicSmemBytes = plan.smem_bytes;
+  config.stream = stream;
+  config.attrs = &cluster;
+  config.numAttrs = plan.splits > 1 ? 1 : 0;
   void* arguments[] = {&maps, &params, &schedule};
-  return cudaLaunchKernel(kernel, dim3(plan.grid), dim3(plan.block), arguments, plan.smem_bytes,
-                          stream);
+  return cudaLaunchKernelExC(&config, kernel, arguments);
 }
 
 }  // namespace flash2::sm90

@@ -23,6 +23,7 @@ struct ForwardTile {
   bool rescale_early;  // O is rescaled while Q K^T runs, not after P V
   bool store_late;     // O is stored while the next tile's second Q K^T runs, not before it
   int split;           // eighths of a step's exponentials that must not wait for P V
+  bool joins = false;  // a cluster shares the keys of each tile: join.cuh
 
   FLASH2_HOST_DEVICE constexpr int stages() const { return 2; }  // of K and of V
   // Whether a tile may hold several query heads of a key head. The others have no registers for it
@@ -51,12 +52,15 @@ inline constexpr ForwardTile kForwardTiles[] = {
     // less. From 2048 on three consumers lead.
     {64, true, 2, 128, 2, true, false, false, 0},
     {64, true, 3, 128, 2, true, false, false, 0},
+    {64, true, 2, 128, 2, false, false, false, 0, true},
     // 193 KB. 128 x 176 has room for one stage of Q only and was 0 to 4 % slower.
     {128, false, 2, 128, 2, false, false, true, 3},
     {128, true, 2, 128, 2, false, false, false, 3},
+    {128, true, 2, 128, 2, false, false, false, 3, true},
     // 225 KB of the 227 there are.
     {256, false, 2, 80, 1, false, true, true, 0},
     {256, true, 2, 80, 1, false, true, false, 0},
+    {256, true, 2, 80, 1, false, true, false, 0, true},
 };
 // Query lengths up to it prefer the first masked tile of a bucket, longer ones the last.
 inline constexpr int kShort = 1024;

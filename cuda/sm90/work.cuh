@@ -59,6 +59,14 @@ struct Work {
     work.top = found.range.top;
     work.whole_bottom = found.range.whole_bottom;
     work.whole_top = found.range.whole_top;
+    if constexpr (kT.joins) {  // this block's share of the steps
+      const int rank = blockIdx.x % schedule.splits;
+      const int begin = work.steps * rank / schedule.splits;
+      work.steps = work.steps * (rank + 1) / schedule.splits - begin;
+      work.masked = min(work.masked - begin, work.steps);
+      work.upper -= begin;
+      work.top -= begin;
+    }
     if (work.steps == 0) {  // a block past the array: zeros, which no row sees
       work.steps = work.masked = work.upper = 1;
       work.top = p.seq_kv / kT.tile_kv + 2;

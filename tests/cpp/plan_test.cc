@@ -172,7 +172,7 @@ CASE(hopper_packs_the_heads_of_short_queries) {
   for (int head_dim : {64, 128, 256}) {
     for (int group : {2, 3, 4, 6, 8, 16, 71}) {
       for (int seq_q = 1; seq_q <= 16; ++seq_q) {
-        ForwardProblem p = problem(head_dim, seq_q, 4096, 3, 2 * group, 2);
+        ForwardProblem p = problem(head_dim, seq_q, 512, 3, 2 * group, 2);
         const ForwardPlan plan = plan_forward(kH100, p);
         check_sound(kH100, p);
         const std::string text = show(kH100, p) + ", packs of " + std::to_string(plan.pack);
@@ -185,6 +185,49 @@ CASE(hopper_packs_the_heads_of_short_queries) {
         CHECK(plan_forward(kH100, p, 80).pack == 1 && plan_forward(kA100, p).pack == 1, text);
         p.batch = 1000;
         CHECK(plan_forward(kH100, p).pack == plan.pack, "a row is summed alike in any batch");
+      }
+    }
+  }
+}
+
+CASE(hopper_shares_out_many_keys_of_few_queries) {
+  for (int head_dim : {64, 128, 256}) {
+    for (int group : {1, 2, 8}) {
+      for (int seq_q : {1, 5, 16, 300}) {
+        for (int seq_kv : {1, 4095, 4096, 8191, 8192, 16384, 1 << 20}) {
+          ForwardProblem p = problem(head_dim, seq_q, seq_kv, 3, 2 * group, 2);
+          const ForwardPlan plan = plan_forward(kH100, p);
+          const std::string text = show(kH100, p) + ", splits " + std::to_string(plan.splits);
+          const int want = seq_kv < 4096 ? 1 : seq_kv < 8192 ? 2 : seq_kv < 16384 ? 4 : 8;
+          CHECK(plan.splits == (seq_q == 300 ? 1 : want), text);
+          if (plan.splits > 1) CHECK(plan.grid == plan.splits * tiles(plan) * p.batch, text);
+          CHECK(plan_forward(kH100, p, 80).splits == 1, text);
+          ForwardProblem other = p;
+          other.batch = 1;
+          CHECK(plan_forward(kH100, other).splits == plan.splits, text);
+          other.window_left = 100;
+          CHECK(plan_forward(kH100, other).splits == 1, text);
+          other = p;
+          other.chunk_size = 64;
+          CHECK(plan_forward(kH100, other).splits == 1, text);
+        }
+      }
+    }
+  }
+}
+
+CASE(the_last_section_balances_its_tiles) {
+  for (int head_dim : {64, 128, 256}) {
+    for (int seq : {100, 512, 1024, 4096, 16384, 1 << 18}) {
+      for (int batch : {1, 3, 64}) {
+        ForwardProblem p = problem(head_dim, seq, seq, batch);
+        CHECK(plan_forward(kH100, p).last_section >= batch * p.heads_q, "none without a mask");
+        p.is_causal = true;
+        const ForwardPlan plan = plan_forward(kH100, p);
+        const int rest = batch * p.heads_q - plan.last_section;
+        CHECK(plan.last_section % plan.section == 0 && rest > 0, show(kH100, p));
+        CHECK(plan.section <= 8 && (rest >= plan.section || plan.last_section == 0),
+              show(kH100, p) << ", sections of " << plan.section << ", " << rest << " left");
       }
     }
   }
