@@ -52,7 +52,6 @@ struct Consumer {
   int warp_begin, warp_end;      // keys that all rows of the warp see
 
   __device__ __forceinline__ void run() {
-    const ForwardProblem& p = params.problem;
     if (kT.ping_pong && consumer == 0) ptx::barrier_arrive(Named::turn(0), 256);
     Scores s;
     float o[kD / 2];
@@ -102,25 +101,44 @@ struct Consumer {
         join(work, o, probabilities);
         return;
       }
-      // The last output beside the first scores of the next tile. After the last tile these are
-      // computed of what is left in shared memory, and nobody reads them.
       const Work next = take_tile();
       q_ring.next();
-      wait_for_first(next);
-      multiply(s, o, probabilities);
-      output = Output<kType, kT.packs()>(p, schedule, work, first_row());
-      finish(work);
-      start_tile(next);
-      ptx::wgmma_wait<1>();
-      ptx::pin(s);
-      if (next.exists) first_step(next, s);
-      ptx::wgmma_wait<0>();
-      ptx::pin(o);
-      ptx::pin(s);
-      release_v();
-      pending = true;
-      if (!kT.store_late) store(o);
-      if (!next.exists) break;
+      if constexpr (kT.q_stages == 1) {
+        // The next Q begins to come now that this one's place is free: what is left to do of this
+        // tile does not wait for it.
+        multiply_pv(o, probabilities);
+        finish(work);
+        ptx::wgmma_wait<0>();
+        ptx::pin(o);
+        release_v();
+        pending = true;
+        if (!next.exists) break;
+        wait_for_first(next);
+        ptx::wgmma_fence();
+        multiply_qk(s);
+        store(o);
+        start_tile(next);
+        ptx::wgmma_wait<0>();
+        ptx::pin(s);
+        first_step(next, s);
+      } else {
+        // The last output beside the first scores of the next tile. After the last tile these are
+        // computed of what is left in shared memory, and nobody reads them.
+        wait_for_first(next);
+        multiply(s, o, probabilities);
+        finish(work);
+        start_tile(next);
+        ptx::wgmma_wait<1>();
+        ptx::pin(s);
+        if (next.exists) first_step(next, s);
+        ptx::wgmma_wait<0>();
+        ptx::pin(o);
+        ptx::pin(s);
+        release_v();
+        pending = true;
+        if (!kT.store_late) store(o);
+        if (!next.exists) break;
+      }
       work = next;
     }
     store(o);
@@ -177,9 +195,6 @@ struct Consumer {
     ptx::wgmma_fence();
     multiply_qk(s);
     if (kT.store_late) store(o);
-    if (kT.rescale_early) rescale(o);
-    ptx::mbarrier_wait(smem.v_full(v_ring.stage), v_ring.parity);
-    ptx::wgmma_fence();
     multiply_pv(o, probabilities);
     pass_turn();
   }
@@ -202,6 +217,9 @@ struct Consumer {
 
   __device__ __forceinline__ void multiply_pv(float (&o)[kD / 2],
                                               const uint32_t (&probabilities)[kTileKv / 16][4]) {
+    if (kT.rescale_early) rescale(o);
+    ptx::mbarrier_wait(smem.v_full(v_ring.stage), v_ring.parity);
+    ptx::wgmma_fence();
     const uint64_t v = ptx::wgmma_descriptor(smem.v(v_ring.stage), kPanelKv);
 #pragma unroll
     for (int i = 0; i < kTileKv / 16; ++i) {
@@ -244,6 +262,7 @@ struct Consumer {
   __device__ __forceinline__ void finish(const Work& work) {
     const ForwardProblem& p = params.problem;
     const bool has_sink = p.sinks.data != nullptr;
+    output = Output<kType, kT.packs()>(p, schedule, work, first_row());
     float lse[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
@@ -257,9 +276,6 @@ struct Consumer {
   // The only tile of this block: the last output, and what the other blocks of the cluster have.
   __device__ __forceinline__ void join(const Work& work, float (&o)[kD / 2],
                                        const uint32_t (&probabilities)[kTileKv / 16][4]) {
-    if (kT.rescale_early) rescale(o);
-    ptx::mbarrier_wait(smem.v_full(v_ring.stage), v_ring.parity);
-    ptx::wgmma_fence();
     multiply_pv(o, probabilities);
     ptx::wgmma_wait<0>();
     ptx::pin(o);

@@ -57,7 +57,7 @@ struct Producer {
   // The next tile is asked for so many steps before the end of this one: later, and the consumers
   // would wait for it; earlier, and it would be bound to this block however long the present one
   // takes, which undoes the order by length.
-  static constexpr int kLead = 3;
+  static constexpr int kLead = 2;
 
   __device__ __forceinline__ void want_next() {
     if (leader) ptx::mbarrier_arrive(smem.tile_wanted());

@@ -58,7 +58,7 @@ inline constexpr ForwardTile kForwardTiles[] = {
     {128, true, 2, 128, 2, false, false, false, 3},
     {128, true, 2, 128, 2, false, false, false, 3, true},
     // 225 KB of the 227 there are.
-    {256, false, 2, 80, 1, false, true, true, 0},
+    {256, false, 2, 80, 1, false, true, false, 0},
     {256, true, 2, 80, 1, false, true, false, 0},
     {256, true, 2, 80, 1, false, true, false, 0, true},
 };
