@@ -128,6 +128,27 @@ def test_short_queries_of_grouped_heads(q_length, head_dim):
         assert_bitwise_equal(first, again)
 
 
+# From 4096 keys on a cluster shares them out.
+@pytest.mark.parametrize("kv_length", [4096, 8200, 16384])
+@pytest.mark.parametrize("head_dim", DIMS)
+def test_few_queries_of_many_keys(kv_length, head_dim):
+    number = DIMS.index(head_dim) + kv_length // 4096
+    for options in (MASKS[number % 3], MASKS[5 + number % 3]):
+        case = gpu_case(
+            *options,
+            q_length=1 + number,
+            kv_length=kv_length,
+            heads=2 * (1, 6, 8)[number % 3],
+            head_dim=head_dim,
+            batch=(2,),
+            dtype=DTYPES[number % 2],
+        )
+        inputs = case.inputs(seed=number)
+        check(inputs, str(case))
+        first, again = (forward(inputs, FAMILIES[-1]) for _ in range(2))
+        assert_bitwise_equal(first, again)
+
+
 @pytest.mark.parametrize("head_dim", DIMS)
 @pytest.mark.parametrize("scale", [0.0, -0.3])
 def test_scales_of_packed_heads(head_dim, scale):
