@@ -54,6 +54,15 @@ __device__ __forceinline__ void tma_load_pack(uint32_t shared, const CUtensorMap
       : "memory");
 }
 
+// The same box to the L2 cache.
+__device__ __forceinline__ void tma_prefetch_pack(const CUtensorMap* map, int column, int head,
+                                                  int row, int group, int batch) {
+  asm volatile(
+      "cp.async.bulk.prefetch.tensor.5d.L2.global.tile [%0, {%1, %2, %3, %4, %5}];" ::"l"(map),
+      "r"(column), "r"(head), "r"(row), "r"(group), "r"(batch)
+      : "memory");
+}
+
 // As `tma_load`, to every block of the cluster in `mask`, at the same offset there, each with its
 // own barrier at the same offset.
 __device__ __forceinline__ void tma_load_multicast(uint32_t shared, const CUtensorMap* map,

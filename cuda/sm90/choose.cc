@@ -55,13 +55,13 @@ int32_t choose_pack(const ForwardProblem& p, int32_t tile_q, int32_t packed_tile
 }
 
 // Among how many blocks the keys of a tile are shared out, where a head has so few queries that
-// there may be fewer tiles than multiprocessors. No block gets fewer than kLeastShare of the keys,
+// there may be fewer tiles than multiprocessors. No block gets less than kLeastShare of the keys,
 // so that little is lost where there are many tiles: the batch size must not decide, as above.
-int32_t choose_splits(const ForwardProblem& p, int32_t pack, int32_t tile_q) {
+int32_t choose_splits(const ForwardProblem& p, int32_t head_dim, int32_t pack, int32_t tile_q) {
   const bool all_keys = p.window_left == kUnbounded && p.chunk_size == 0;
   if (!all_keys || tiles_of_pack(p, pack, tile_q) != 1) return 1;
   int32_t splits = 1;
-  while (splits < kMostSplits && p.seq_kv / (2 * splits) >= kLeastShare) splits *= 2;
+  while (splits < kMostSplits && p.seq_kv / (2 * splits) >= kLeastShare / head_dim) splits *= 2;
   return splits;
 }
 
@@ -79,7 +79,7 @@ void choose_tile(const ForwardProblem& p, ForwardPlan* plan) {
   const int packing = find_packing_tile(plan->head_dim, false);
   const int32_t packed_tile_q = kForwardTiles[packing].tile_q();
   plan->pack = choose_pack(p, kForwardTiles[plan->variant].tile_q(), packed_tile_q);
-  plan->splits = choose_splits(p, plan->pack, packed_tile_q);
+  plan->splits = choose_splits(p, plan->head_dim, plan->pack, packed_tile_q);
   if (plan->splits > 1) {
     plan->variant = find_packing_tile(plan->head_dim, true);
   } else if (plan->pack > 1) {
@@ -96,11 +96,13 @@ void choose_tile(const ForwardProblem& p, ForwardPlan* plan) {
 // Towards the end a block that begins a long tile keeps all others waiting, so the last section is
 // so large that its longest tiles are as much work as all its others: of tiles with 1, 2, ... n
 // blocks of keys, n on every multiprocessor and n (n - 1) / 2 of each of 2 * num_sms / (n - 1)
-// heads.
+// heads. A third of the multiprocessors' number is the most: its heads begin all at once, and read
+// from memory.
 void choose_sections(const Device& device, int64_t packs, ForwardPlan* plan) {
   const int64_t most = plan->section;
   plan->section = static_cast<int32_t>(std::min<int64_t>(most, kMostSectionHeads));
-  const int64_t wanted = 2 * device.num_sms / std::max(plan->tiles_q - 1, 1);
+  const int64_t wanted =
+      std::min(2 * device.num_sms / std::max(plan->tiles_q - 1, 1), device.num_sms / 3);
   const int64_t last = std::min(std::max<int64_t>(wanted, plan->section), most);
   const int64_t before = std::max<int64_t>(packs - last, 0) / plan->section;
   plan->last_section = static_cast<int32_t>(before * plan->section);

@@ -25,10 +25,10 @@ inline constexpr size_t kCounterBytes = 16;
 // A consumer's 64 rows are whole positions, so that one box brings them.
 inline constexpr int32_t kMostPackedHeads = 64;
 
-// Blocks of a cluster, as many as every device has room for; and keys for each of them at least,
-// in whose time a block's start and the joining of its output are little.
+// Blocks of a cluster, as many as every device has room for; and numbers of K for each at least:
+// they must take long beside a block's start and the joining of its output.
 inline constexpr int32_t kMostSplits = 8;
-inline constexpr int32_t kLeastShare = 2048;
+inline constexpr int32_t kLeastShare = 2048 * 128;
 
 // Heads that are walked together: no more than run at once at short lengths, or each would read
 // its K and V from memory alone, and the sections' first tiles would wait for it.

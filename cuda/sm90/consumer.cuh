@@ -91,7 +91,7 @@ struct Consumer {
 #pragma unroll 1
         for (; n < work.masked; ++n) {
           const int first_key = work.first_key<kTileKv>(n);
-          step(n, [&](Scores& scores) { mask(scores, first_key); });
+          step(n, [&](Scores& scores) { mask<kTileKv>(scores, first_key); });
         }
       }
 #pragma unroll 1
@@ -295,58 +295,81 @@ struct Consumer {
   // A tile's first scores become exponentials.
   __device__ __forceinline__ void first_step(const Work& work, Scores& s) {
     if (work.steps == 1) release_q();
-    if (work.masked > 0) mask(s, work.first_key<kTileKv>(0));
-    exponentiate(s, [&](float sum) { release_k(sum); });
+    bool half = false;
+    if (work.masked > 0) {
+      const int first_key = work.first_key<kTileKv>(0);
+      // Of a block on the diagonal the upper consumer's rows see the lower half alone.
+      if (kT.packs()) half = __shfl_sync(~0u, row_end[1], 31) <= first_key + kTileKv / 2;
+      half ? mask<kTileKv / 2>(s, first_key) : mask<kTileKv>(s, first_key);
+    }
+    exponentiate(s, [&](float sum) { release_k(sum); }, half);
   }
 
+  // The first kColumns of a block.
+  template <int kColumns>
   __device__ __forceinline__ void mask(Scores& s, int first_key) {
-    auto& blocks = reinterpret_cast<float (&)[1][kTileKv / 8][4]>(s);
-    if (first_key + kTileKv > warp_end) {
-      sm80::mask_columns<1, kTileKv, true>(blocks,
-                                           [&](int r) { return row_end[r / 8] - first_key; });
+    auto& blocks = reinterpret_cast<float (&)[1][kColumns / 8][4]>(s);
+    if (first_key + kColumns > warp_end) {
+      sm80::mask_columns<1, kColumns, true>(blocks,
+                                            [&](int r) { return row_end[r / 8] - first_key; });
     }
     if constexpr (kT.masked) {
       if (first_key < warp_begin) {
-        sm80::mask_columns<1, kTileKv, false>(blocks,
-                                              [&](int r) { return row_begin[r / 8] - first_key; });
+        sm80::mask_columns<1, kColumns, false>(
+            blocks, [&](int r) { return row_begin[r / 8] - first_key; });
       }
     }
   }
 
-  // Scores become exponentials. `between` is called with a sum that depends on the first
-  // split / 8 of the columns.
+  // Scores become exponentials, where `half` says so those of the lower half of the columns alone,
+  // and the others 0. `between` is called with a sum that depends on the first split / 8 of them.
   template <class Between>
-  __device__ __forceinline__ void exponentiate(Scores& s, Between between) {
-    float largest[2], base[2];
+  __device__ __forceinline__ void exponentiate(Scores& s, Between between, bool half = false) {
+    constexpr int kBlocks = kTileKv / 8, kHalf = kBlocks / 2;
+    static_assert(kBlocks * kT.split / 8 < kHalf);
+    float largest[2] = {-INFINITY, -INFINITY};
+    const auto maximum = [&](int begin, int end) {
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      float a = s[2 * r], b = s[2 * r + 1];
+      for (int r = 0; r < 2; ++r) {
+        float a = s[4 * begin + 2 * r], b = s[4 * begin + 2 * r + 1];
 #pragma unroll
-      for (int j = 1; j < kTileKv / 8; ++j) {
-        a = fmaxf(a, s[4 * j + 2 * r]);
-        b = fmaxf(b, s[4 * j + 2 * r + 1]);
+        for (int j = begin + 1; j < end; ++j) {
+          a = fmaxf(a, s[4 * j + 2 * r]);
+          b = fmaxf(b, s[4 * j + 2 * r + 1]);
+        }
+        largest[r] = fmaxf(largest[r], fmaxf(a, b));
       }
-      largest[r] = fmaxf(a, b);
-    }
+    };
+    maximum(0, kHalf);
+    if (!half) maximum(kHalf, kBlocks);
     decayed = false;
     softmax.raise(largest, factor, [&](int r, float d) {
       decay[r] = d;
       decayed = true;
     });
-    float sum[2] = {0.0f, 0.0f};
+    float base[2], sum[2] = {0.0f, 0.0f};
 #pragma unroll
     for (int r = 0; r < 2; ++r) base[r] = softmax.base(r, factor);
+    const auto exponentials = [&](int begin, int end) {
 #pragma unroll
-    for (int j = 0; j < kTileKv / 8; ++j) {
-      if (j == kTileKv / 8 * kT.split / 8) between(sum[0] + sum[1]);
+      for (int j = begin; j < end; ++j) {
+        if (j == kBlocks * kT.split / 8) between(sum[0] + sum[1]);
 #pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        float* pair = &s[4 * j + 2 * r];
-        pair[0] = ptx::exp2(fmaf(pair[0], factor, -base[r]));
-        pair[1] = ptx::exp2(fmaf(pair[1], factor, -base[r]));
-        softmax.sum[r] += pair[0];
-        sum[r] += pair[1];
+        for (int r = 0; r < 2; ++r) {
+          float* pair = &s[4 * j + 2 * r];
+          pair[0] = ptx::exp2(fmaf(pair[0], factor, -base[r]));
+          pair[1] = ptx::exp2(fmaf(pair[1], factor, -base[r]));
+          softmax.sum[r] += pair[0];
+          sum[r] += pair[1];
+        }
       }
+    };
+    exponentials(0, kHalf);
+    if (!half) {
+      exponentials(kHalf, kBlocks);
+    } else {
+#pragma unroll
+      for (int i = 4 * kHalf; i < 4 * kBlocks; ++i) s[i] = 0.0f;
     }
 #pragma unroll
     for (int r = 0; r < 2; ++r) softmax.sum[r] += sum[r];

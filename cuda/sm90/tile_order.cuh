@@ -5,6 +5,7 @@
 
 #include "params.h"
 #include "ptx/mbarrier.cuh"
+#include "ptx/tma.cuh"
 #include "sm90/counter.cuh"
 #include "sm90/kernels.h"
 #include "sm90/shared_memory.cuh"
@@ -14,6 +15,9 @@ namespace flash2::sm90 {
 
 template <int kTile>
 struct Scheduler {
+  static constexpr ForwardTile kT = kForwardTiles[kTile];
+
+  const ForwardMaps& maps;
   const ForwardParams& params;
   const ForwardSchedule& schedule;
   SharedMemory<kTile> smem;
@@ -31,7 +35,7 @@ struct Scheduler {
     while (tile < schedule.tiles) {
       ptx::mbarrier_wait_warp(smem.tile_wanted(), wanted);
       wanted ^= 1;
-      if (kForwardTiles[kTile].joins) {
+      if (kT.joins) {
         tile = schedule.tiles;
       } else if (schedule.next == nullptr) {
         tile += gridDim.x;
@@ -41,18 +45,29 @@ struct Scheduler {
       }
       ring.next();
       ptx::mbarrier_wait_warp(smem.tile_empty(ring.stage), ring.parity ^ 1);
-      write(tile, ring.stage);
+      const Work work = write(tile, ring.stage);
       if (leader) ptx::mbarrier_arrive(smem.tile_full(ring.stage));
+      if (kT.prefetches_q() && leader && work.exists) prefetch_q(work);
     }
   }
 
  private:
-  __device__ __forceinline__ uint32_t first() const {
-    return kForwardTiles[kTile].joins ? blockIdx.x / schedule.splits : blockIdx.x;
+  __device__ __forceinline__ void prefetch_q(const Work& work) const {
+    const int batch = params.problem.query_stride.batch == 0 ? 0 : work.batch;
+    const int head = work.head - work.head_kv * schedule.group;
+    for (int row = work.row0; row < work.row0 + kT.tile_q(); row += 64) {
+      for (int column = 0; column < kT.head_dim; column += 64) {
+        ptx::tma_prefetch_pack(&maps.query, column, head, row, work.head_kv, batch);
+      }
+    }
   }
-  __device__ __forceinline__ void write(uint32_t tile, uint32_t stage) const {
+  __device__ __forceinline__ uint32_t first() const {
+    return kT.joins ? blockIdx.x / schedule.splits : blockIdx.x;
+  }
+  __device__ __forceinline__ Work write(uint32_t tile, uint32_t stage) const {
     const Work work = Work::find<kTile>(params, schedule, tile);
     if (leader) work.store(smem.tile(stage));
+    return work;
   }
 };
 
