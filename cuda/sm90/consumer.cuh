@@ -3,25 +3,21 @@
 
 #include <cstdint>
 
-#include "mask.cuh"
 #include "ptx/cluster.cuh"
 #include "ptx/common.cuh"
 #include "ptx/mbarrier.cuh"
 #include "ptx/tma.cuh"
 #include "ptx/warpgroup.cuh"
 #include "ptx/wgmma.cuh"
-#include "sm80/scores.cuh"
+#include "sm90/forward_scores.cuh"
 #include "sm90/join.cuh"
 #include "sm90/kernels.h"
 #include "sm90/output.cuh"
 #include "sm90/shared_memory.cuh"
 #include "sm90/work.cuh"
-#include "softmax.cuh"
 
 namespace flash2::sm90 {
 
-// Scores of a thread: s[4 j + 2 r + i] = row 8 r + lane / 4 of the warp's 16, column
-// 8 j + 2 (lane % 4) + i. O likewise.
 template <int kTile, DataType kType>
 struct Consumer {
   static constexpr ForwardTile kT = kForwardTiles[kTile];
@@ -41,15 +37,10 @@ struct Consumer {
   Ring<kT.q_stages> q_ring;
 
   // Of the present tile.
-  OnlineSoftmax<2> softmax;
-  float factor;
-  float decay[2];        // what O has yet to be multiplied by
-  bool decayed;          // whether some row of the warp has to
+  RowScores<kTile, kType> rows;
   bool pending = false;  // the tile before has yet to be stored
   Output<kType, kT.packs()> output;
   float norm[2];
-  int row_begin[2], row_end[2];  // keys that the thread's rows see
-  int warp_begin, warp_end;      // keys that all rows of the warp see
 
   __device__ __forceinline__ void run() {
     if (kT.ping_pong && consumer == 0) ptx::barrier_arrive(Named::turn(0), 256);
@@ -62,12 +53,12 @@ struct Consumer {
     wait_for_first(work);
     ptx::wgmma_fence();
     multiply_qk(s);
-    start_tile(work);
+    rows.start(params.problem, schedule, work, first_row());
     ptx::wgmma_wait<0>();
     ptx::pin(s);
     first_step(work, s);
     for (;;) {
-      pack(probabilities, s);
+      rows.pack(probabilities, s);
       if constexpr (kT.masked) clear_values_past_length(work);
 
       // Scores of this step's block, output of the block before.
@@ -78,20 +69,20 @@ struct Consumer {
         ptx::pin(s);
         if (n + 1 == work.steps) release_q();
         adjust(s);
-        exponentiate(s, [&](float sum) { release_k(sum); });
+        rows.exponentiate(s, [&](float sum) { release_k(sum); });
         ptx::wgmma_wait<0>();
         ptx::pin(o);
         ptx::pin(s);
         release_v();
-        pack(probabilities, s);
-        if (!kT.rescale_early) rescale(o);
+        rows.pack(probabilities, s);
+        if (!kT.rescale_early) rows.rescale(o);
       };
       int n = 1;
       if constexpr (kT.masked) {
 #pragma unroll 1
         for (; n < work.masked; ++n) {
           const int first_key = work.first_key<kTileKv>(n);
-          step(n, [&](Scores& scores) { mask<kTileKv>(scores, first_key); });
+          step(n, [&](Scores& scores) { rows.template mask<kTileKv>(scores, first_key); });
         }
       }
 #pragma unroll 1
@@ -117,7 +108,7 @@ struct Consumer {
         ptx::wgmma_fence();
         multiply_qk(s);
         store(o);
-        start_tile(next);
+        rows.start(params.problem, schedule, next, first_row());
         ptx::wgmma_wait<0>();
         ptx::pin(s);
         first_step(next, s);
@@ -127,7 +118,7 @@ struct Consumer {
         wait_for_first(next);
         multiply(s, o, probabilities);
         finish(work);
-        start_tile(next);
+        rows.start(params.problem, schedule, next, first_row());
         ptx::wgmma_wait<1>();
         ptx::pin(s);
         if (next.exists) first_step(next, s);
@@ -217,7 +208,7 @@ struct Consumer {
 
   __device__ __forceinline__ void multiply_pv(float (&o)[kD / 2],
                                               const uint32_t (&probabilities)[kTileKv / 16][4]) {
-    if (kT.rescale_early) rescale(o);
+    if (kT.rescale_early) rows.rescale(o);
     ptx::mbarrier_wait(smem.v_full(v_ring.stage), v_ring.parity);
     ptx::wgmma_fence();
     const uint64_t v = ptx::wgmma_descriptor(smem.v(v_ring.stage), kPanelKv);
@@ -228,28 +219,10 @@ struct Consumer {
     ptx::wgmma_commit();
   }
 
-  // --- Softmax
+  // --- A tile's begin and end
 
   // The first of the thread's rows in the tile; 8 below it is the other.
   __device__ __forceinline__ int first_row() const { return 64 * consumer + 16 * warp + lane / 4; }
-
-  __device__ __forceinline__ void start_tile(const Work& work) {
-    softmax = OnlineSoftmax<2>();
-    factor = score_factor(work.scale);
-    if constexpr (kT.masked) {
-#pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        const int position = RowPlace<kT.packs()>(schedule, work, first_row() + 8 * r).position;
-        const Interval keys = work.visibility.row(params.problem, position);
-        row_begin[r] = keys.begin;
-        row_end[r] = keys.end;
-      }
-      warp_begin = __shfl_sync(~0u, row_begin[1], 31);  // both ends rise with the row
-      warp_end = __shfl_sync(~0u, row_end[0], 0);
-    } else {
-      row_end[0] = row_end[1] = warp_end = params.problem.seq_kv;
-    }
-  }
 
   __device__ __forceinline__ void store(float (&o)[kD / 2]) {
     if (!pending) return;
@@ -268,7 +241,8 @@ struct Consumer {
     for (int r = 0; r < 2; ++r) {
       const RowPlace<kT.packs()> row(schedule, work, first_row() + 8 * r);
       const float sink = has_sink && row.exists(p) ? p.sinks.at(work.batch, row.head) : 0.0f;
-      norm[r] = softmax.finish(r, row.position < work.q_length, factor, has_sink, sink, &lse[r]);
+      norm[r] = rows.online.finish(r, row.position < work.q_length, rows.factor, has_sink, sink,
+                                   &lse[r]);
     }
     output.store_lse(p, schedule, lse);
   }
@@ -282,10 +256,10 @@ struct Consumer {
     ptx::barrier_sync(Named::kAllConsumers, SharedMemory<kTile>::kConsumerThreads);
     const Join<kTile, kType> join{params.problem, schedule, smem.k(0),
                                   128 * consumer + 32 * warp + lane};
-    join.leave(first_row(), o, softmax);
+    join.leave(first_row(), o, rows.online);
     ptx::cluster_arrive();
     ptx::cluster_wait();
-    join.make(work, factor);
+    join.make(work, rows.factor);
     __syncwarp();
     // Nobody leaves while others read what it has.
     ptx::cluster_arrive();
@@ -295,101 +269,8 @@ struct Consumer {
   // A tile's first scores become exponentials.
   __device__ __forceinline__ void first_step(const Work& work, Scores& s) {
     if (work.steps == 1) release_q();
-    bool half = false;
-    if (work.masked > 0) {
-      const int first_key = work.first_key<kTileKv>(0);
-      // Of a block on the diagonal the upper consumer's rows see the lower half alone.
-      if (kT.packs()) half = __shfl_sync(~0u, row_end[1], 31) <= first_key + kTileKv / 2;
-      half ? mask<kTileKv / 2>(s, first_key) : mask<kTileKv>(s, first_key);
-    }
-    exponentiate(s, [&](float sum) { release_k(sum); }, half);
-  }
-
-  // The first kColumns of a block.
-  template <int kColumns>
-  __device__ __forceinline__ void mask(Scores& s, int first_key) {
-    auto& blocks = reinterpret_cast<float (&)[1][kColumns / 8][4]>(s);
-    if (first_key + kColumns > warp_end) {
-      sm80::mask_columns<1, kColumns, true>(blocks,
-                                            [&](int r) { return row_end[r / 8] - first_key; });
-    }
-    if constexpr (kT.masked) {
-      if (first_key < warp_begin) {
-        sm80::mask_columns<1, kColumns, false>(
-            blocks, [&](int r) { return row_begin[r / 8] - first_key; });
-      }
-    }
-  }
-
-  // Scores become exponentials, where `half` says so those of the lower half of the columns alone,
-  // and the others 0. `between` is called with a sum that depends on the first split / 8 of them.
-  template <class Between>
-  __device__ __forceinline__ void exponentiate(Scores& s, Between between, bool half = false) {
-    constexpr int kBlocks = kTileKv / 8, kHalf = kBlocks / 2;
-    static_assert(kBlocks * kT.split / 8 < kHalf);
-    float largest[2] = {-INFINITY, -INFINITY};
-    const auto maximum = [&](int begin, int end) {
-#pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        float a = s[4 * begin + 2 * r], b = s[4 * begin + 2 * r + 1];
-#pragma unroll
-        for (int j = begin + 1; j < end; ++j) {
-          a = fmaxf(a, s[4 * j + 2 * r]);
-          b = fmaxf(b, s[4 * j + 2 * r + 1]);
-        }
-        largest[r] = fmaxf(largest[r], fmaxf(a, b));
-      }
-    };
-    maximum(0, kHalf);
-    if (!half) maximum(kHalf, kBlocks);
-    decayed = false;
-    softmax.raise(largest, factor, [&](int r, float d) {
-      decay[r] = d;
-      decayed = true;
-    });
-    float base[2], sum[2] = {0.0f, 0.0f};
-#pragma unroll
-    for (int r = 0; r < 2; ++r) base[r] = softmax.base(r, factor);
-    const auto exponentials = [&](int begin, int end) {
-#pragma unroll
-      for (int j = begin; j < end; ++j) {
-        if (j == kBlocks * kT.split / 8) between(sum[0] + sum[1]);
-#pragma unroll
-        for (int r = 0; r < 2; ++r) {
-          float* pair = &s[4 * j + 2 * r];
-          pair[0] = ptx::exp2(fmaf(pair[0], factor, -base[r]));
-          pair[1] = ptx::exp2(fmaf(pair[1], factor, -base[r]));
-          softmax.sum[r] += pair[0];
-          sum[r] += pair[1];
-        }
-      }
-    };
-    exponentials(0, kHalf);
-    if (!half) {
-      exponentials(kHalf, kBlocks);
-    } else {
-#pragma unroll
-      for (int i = 4 * kHalf; i < 4 * kBlocks; ++i) s[i] = 0.0f;
-    }
-#pragma unroll
-    for (int r = 0; r < 2; ++r) softmax.sum[r] += sum[r];
-  }
-
-  __device__ __forceinline__ static void pack(uint32_t (&probabilities)[kTileKv / 16][4],
-                                              const Scores& s) {
-#pragma unroll
-    for (int i = 0; i < kTileKv / 4; ++i) {
-      probabilities[i / 4][i % 4] = ptx::pack<kType>(s[2 * i], s[2 * i + 1]);
-    }
-  }
-
-  __device__ __forceinline__ void rescale(float (&o)[kD / 2]) {
-    if (!decayed) return;
-#pragma unroll
-    for (int j = 0; j < kD / 8; ++j)
-#pragma unroll
-      for (int i = 0; i < 4; ++i) o[4 * j + i] *= decay[i / 2];
-    ptx::pin(o);
+    const bool half = work.masked > 0 && rows.mask_first(s, work.first_key<kTileKv>(0));
+    rows.exponentiate(s, [&](float sum) { release_k(sum); }, half);
   }
 
   // --- Corrections in shared memory, which few calls need
