@@ -32,23 +32,25 @@ struct Divisor {
 
 struct ForwardParams {
   ForwardProblem problem;
-  uint32_t tiles_q;  // tiles per head
-  uint32_t heads;    // batch * heads_q
-  Divisor section;   // heads that are walked together: scheduler.cuh
+  uint32_t tiles_q;  // tiles per pack of heads (of one head, but where the plan packs them)
+  uint32_t all_packs;
+  Divisor section;  // packs that are walked together: scheduler.cuh
   Divisor section_tiles;
-  Divisor heads_q;
-  Divisor group;  // query heads per key head
+  uint32_t last_section;  // ForwardPlan
+  Divisor packs;          // per batch entry
+  Divisor group;          // packs per key head
 };
 
 inline ForwardParams make_params(const ForwardProblem& problem, const ForwardPlan& plan) {
-  const uint32_t tiles_q = plan.tiles_q, section = plan.section;
+  const uint32_t tiles_q = plan.tiles_q, section = plan.section, packs = plan.packs;
   return {problem,
           tiles_q,
-          static_cast<uint32_t>(problem.batch) * problem.heads_q,
+          problem.batch * packs,
           Divisor(section),
           Divisor(section * tiles_q),
-          Divisor(problem.heads_q),
-          Divisor(problem.heads_q / problem.heads_kv)};
+          static_cast<uint32_t>(plan.last_section),
+          Divisor(packs),
+          Divisor(packs / problem.heads_kv)};
 }
 
 struct BackwardParams {

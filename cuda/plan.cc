@@ -107,6 +107,15 @@ const char* describe(PlanStatus status) {
   return "unknown status";
 }
 
+int32_t packs_of_heads(const Problem& p, int32_t pack) {
+  if (p.heads_q == 0) return 0;
+  return p.heads_kv * ((p.heads_q / p.heads_kv + pack - 1) / pack);
+}
+
+int64_t tiles_of_pack(const Problem& p, int32_t pack, int32_t tile_q) {
+  return (int64_t{p.seq_q} * pack + tile_q - 1) / tile_q;
+}
+
 ForwardPlan plan_forward(const Device& device, const ForwardProblem& p, int32_t family) {
   ForwardPlan plan;
   plan.status = check_problem(device, p);
@@ -126,25 +135,29 @@ ForwardPlan plan_forward(const Device& device, const ForwardProblem& p, int32_t 
   if (plan.status != PlanStatus::kOk) return plan;
 
   const int64_t heads = int64_t{p.batch} * p.heads_q;
-  plan.tiles_q = (p.seq_q + plan.tile_q - 1) / plan.tile_q;
-  const int64_t tiles = heads * plan.tiles_q;
-  if (heads > INT32_MAX || tiles > INT32_MAX) {
+  plan.packs = packs_of_heads(p, plan.pack);
+  const int64_t packs = int64_t{p.batch} * plan.packs;
+  const int64_t tiles_q = tiles_of_pack(p, plan.pack, plan.tile_q), tiles = packs * tiles_q;
+  plan.tiles_q = static_cast<int32_t>(tiles_q);
+  if (heads > INT32_MAX || tiles * plan.splits > INT32_MAX) {
     plan.status = PlanStatus::kTooManyTiles;
     return plan;
   }
   plan.empty = tiles == 0;
   plan.grid = static_cast<uint32_t>(tiles);
-  if (plan.family == 90) {  // blocks that stay, one per multiprocessor
+  if (plan.family ==
+      90) {  // blocks that stay, one per multiprocessor, or clusters for a tile each
     plan.grid = static_cast<uint32_t>(std::min<int64_t>(tiles, device.num_sms));
+    if (plan.splits > 1) plan.grid = static_cast<uint32_t>(tiles * plan.splits);
     if (sm90::counts_tiles(plan)) plan.workspace_bytes = sm90::kCounterBytes;
   }
 
   // Only where the last tiles of a head take longest is it worth walking several heads at once.
   if (p.is_causal && p.window_left == kUnbounded && p.chunk_size == 0 && !plan.empty) {
     const int64_t kv_bytes = std::max<int64_t>(
-        1, 2 * int64_t{p.seq_kv} * (p.head_dim + p.head_dim_v) * p.heads_kv / p.heads_q);
-    plan.section = static_cast<int32_t>(std::clamp<int64_t>(kSectionBytes / kv_bytes, 1, heads));
-    if (plan.family == 90) plan.section = std::min(plan.section, sm90::kMostSectionHeads);
+        1, 2 * int64_t{p.seq_kv} * (p.head_dim + p.head_dim_v) * p.heads_kv / plan.packs);
+    plan.section = static_cast<int32_t>(std::clamp<int64_t>(kSectionBytes / kv_bytes, 1, packs));
+    if (plan.family == 90) sm90::choose_sections(device, packs, &plan);
   }
   return plan;
 }

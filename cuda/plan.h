@@ -45,16 +45,25 @@ struct ForwardPlan {
   int32_t tile_q = 0;
   int32_t tile_kv = 0;
   int32_t stages = 0;   // K/V pairs in shared memory
-  int32_t tiles_q = 0;  // query tiles per head
-  int32_t section = 1;  // heads that share the L2 cache: scheduler.cuh
-  uint32_t grid = 0;    // blocks, in x alone
-  uint32_t block = 0;   // threads
+  int32_t pack = 1;     // query heads of a group in one tile, a power of two: position by position
+  int32_t packs = 0;    // such packs of all heads of a batch entry
+  int32_t splits = 1;   // blocks of a cluster, among which the keys of a tile are shared out
+  int32_t tiles_q = 0;  // query tiles per pack
+  int32_t section = 1;  // packs that share the L2 cache: scheduler.cuh
+  int32_t last_section = INT32_MAX;  // the pack from which on all the rest are one section
+  uint32_t grid = 0;                 // blocks, in x alone
+  uint32_t block = 0;                // threads
   uint32_t smem_bytes = 0;
   size_t workspace_bytes = 0;
 };
 
 // `family` 80 asks for the kernels of sm80/; 0 takes the fastest that serve the problem.
 ForwardPlan plan_forward(const Device& device, const ForwardProblem& problem, int32_t family = 0);
+
+// Packs of at most `pack` query heads of one key head, per batch entry.
+int32_t packs_of_heads(const Problem& problem, int32_t pack);
+// Tiles of `tile_q` rows that such a pack makes.
+int64_t tiles_of_pack(const Problem& problem, int32_t pack, int32_t tile_q);
 
 // Where the parts of the backward's workspace begin, in bytes. It depends on shapes and options
 // alone, so that it can be sized when a call is traced, before any GPU is known. Rows are the

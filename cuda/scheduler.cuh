@@ -11,18 +11,19 @@
 namespace flash2 {
 
 // Tile number `index` in an order that walks heads in sections and, inside a section, takes one
-// tile of each of its heads in turn.
+// tile of each of its heads in turn. From head `last` on, all that are left are one section.
 struct SectionPlace {
   uint32_t head;
   uint32_t turn;  // tiles of this head that come before
 
   __device__ __forceinline__ SectionPlace(uint32_t index, uint32_t tiles, uint32_t heads,
-                                          const Divisor& section, const Divisor& section_tiles) {
-    const uint32_t first = section_tiles.divide(index) * section.value;
+                                          const Divisor& section, const Divisor& section_tiles,
+                                          uint32_t last = ~0u) {
+    const uint32_t first = min(section_tiles.divide(index) * section.value, last);
     const uint32_t rest = index - first * tiles;
     uint32_t count = section.value;
     turn = section.divide(rest);
-    if (count > heads - first) {  // the last section is smaller
+    if (first == last || count > heads - first) {  // the last section has another size
       count = heads - first;
       turn = rest / count;
     }
@@ -39,7 +40,7 @@ struct SectionPlace {
 template <int kTileQ, int kTileKv>
 struct ForwardWork {
   int batch;
-  int head;
+  int head;         // or pack of heads
   int row0;         // of the tile
   int q_length;     // rows at or past it see nothing
   const char* key;  // of the batch entry and the head
@@ -47,8 +48,10 @@ struct ForwardWork {
   Visibility visibility;
   BlockRange<kTileKv> range;
 
-  __device__ __forceinline__ ForwardWork(const ForwardParams& params, uint32_t tile)
-      : ForwardWork(params, Place(params, tile)) {}
+  // `rows` of each head are in a tile: fewer than kTileQ where it holds several heads.
+  __device__ __forceinline__ ForwardWork(const ForwardParams& params, uint32_t tile,
+                                         int rows = kTileQ)
+      : ForwardWork(params, Place(params, tile, rows), rows) {}
 
  private:
   struct Place {
@@ -57,26 +60,25 @@ struct ForwardWork {
     int row0;
     int q_length;
 
-    __device__ __forceinline__ Place(const ForwardParams& params, uint32_t tile) {
+    __device__ __forceinline__ Place(const ForwardParams& params, uint32_t tile, int rows) {
       const ForwardProblem& p = params.problem;
-      const SectionPlace at(tile, params.tiles_q, params.heads, params.section,
-                            params.section_tiles);
-      batch = params.heads_q.divide(at.head);
-      head = at.head - batch * p.heads_q;
-      row0 = static_cast<int>(params.tiles_q - 1 - at.turn) * kTileQ;
+      const SectionPlace at(tile, params.tiles_q, params.all_packs, params.section,
+                            params.section_tiles, params.last_section);
+      batch = params.packs.divide(at.head);
+      head = at.head - batch * params.packs.value;
+      row0 = static_cast<int>(params.tiles_q - 1 - at.turn) * rows;
       q_length = p.seq_q;
       if (p.query_seq_lengths.data) q_length = min(q_length, p.query_seq_lengths.at(batch));
     }
   };
 
-  __device__ __forceinline__ ForwardWork(const ForwardParams& params, const Place& place)
+  __device__ __forceinline__ ForwardWork(const ForwardParams& params, const Place& place, int rows)
       : batch(place.batch),
         head(place.head),
         row0(place.row0),
         q_length(place.q_length),
         visibility(params.problem, place.batch),
-        range(params.problem, visibility, place.row0,
-              min(place.row0 + kTileQ, place.q_length) - 1) {
+        range(params.problem, visibility, place.row0, min(place.row0 + rows, place.q_length) - 1) {
     const ForwardProblem& p = params.problem;
     const int head_kv = params.group.divide(head);
     key = static_cast<const char*>(p.key) +

@@ -24,6 +24,11 @@ struct Array {
 // about a microsecond and allocates nothing. Returns a cudaError_t.
 int encode_tensor_map(const Array& array, DataType type, int rows, CUtensorMap* map);
 
+// The same with boxes of several heads: `rows` rows, of each `pack` heads, out of one of the
+// groups of `group` neighbouring heads. A box reads no head of another group.
+int encode_pack_map(const Array& array, DataType type, int group, int pack, int rows,
+                    CUtensorMap* map);
+
 // Describes float32 numbers, [heads, length], contiguous, with boxes of `rows` (at most 256) of
 // each of `box_heads` heads.
 int encode_row_map(const float* data, int64_t heads, int64_t length, int rows, CUtensorMap* map,

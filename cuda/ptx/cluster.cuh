@@ -31,6 +31,24 @@ __device__ __forceinline__ void store_peer(uint32_t peer, uint32_t value) {
   asm volatile("st.shared::cluster.b32 [%0], %1;" ::"r"(peer), "r"(value) : "memory");
 }
 
+__device__ __forceinline__ float2 load_peer_8(uint32_t peer) {
+  float2 v;
+  asm volatile("ld.shared::cluster.v2.f32 {%0, %1}, [%2];"
+               : "=f"(v.x), "=f"(v.y)
+               : "r"(peer)
+               : "memory");
+  return v;
+}
+
+__device__ __forceinline__ float4 load_peer_16(uint32_t peer) {
+  float4 v;
+  asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
+               : "r"(peer)
+               : "memory");
+  return v;
+}
+
 // Enough for stages that only TMA writes and only wgmma reads.
 __device__ __forceinline__ void mbarrier_arrive_peer(uint32_t peer_barrier) {
   asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(peer_barrier) : "memory");

@@ -2,7 +2,8 @@
 // unit, with and without a tensor map, and the fences between it and ordinary accesses.
 // PTX ISA 9.7.9.25 to 9.7.9.27, cp.async.bulk, cp.reduce.async.bulk; 9.7.13.4, fence.proxy.
 //
-// Tensor maps have four axes, [head_dim, length, heads, batch] from the innermost on, a box of 64
+// Tensor maps have, but where it says otherwise, four axes, [head_dim, length, heads, batch] from
+// the innermost on, a box of 64
 // columns and the 128-byte swizzle: a row of the box has 128 bytes, its 16-byte chunk c lies at
 // chunk c ^ (r % 8). The target of a box lies on a multiple of 1024. What is out of range reads as
 // zero, is not written, and counts as transferred.
@@ -42,8 +43,28 @@ __device__ __forceinline__ void tma_load(uint32_t shared, const CUtensorMap* map
       : "memory");
 }
 
-// The same to every block of the cluster in `mask`, at the same offset there, each with its own
-// barrier at the same offset.
+// A box of a map with the axes [head_dim, heads of a group, length, groups, batch].
+__device__ __forceinline__ void tma_load_pack(uint32_t shared, const CUtensorMap* map,
+                                              uint32_t barrier, int column, int head, int row,
+                                              int group, int batch, uint64_t policy) {
+  asm volatile(
+      "cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
+      ".L2::cache_hint [%0], [%1, {%3, %4, %5, %6, %7}], [%2], %8;" ::"r"(shared),
+      "l"(map), "r"(barrier), "r"(column), "r"(head), "r"(row), "r"(group), "r"(batch), "l"(policy)
+      : "memory");
+}
+
+// The same box to the L2 cache.
+__device__ __forceinline__ void tma_prefetch_pack(const CUtensorMap* map, int column, int head,
+                                                  int row, int group, int batch) {
+  asm volatile(
+      "cp.async.bulk.prefetch.tensor.5d.L2.global.tile [%0, {%1, %2, %3, %4, %5}];" ::"l"(map),
+      "r"(column), "r"(head), "r"(row), "r"(group), "r"(batch)
+      : "memory");
+}
+
+// As `tma_load`, to every block of the cluster in `mask`, at the same offset there, each with its
+// own barrier at the same offset.
 __device__ __forceinline__ void tma_load_multicast(uint32_t shared, const CUtensorMap* map,
                                                    uint32_t barrier, int column, int row, int head,
                                                    int batch, uint16_t mask, uint64_t policy) {

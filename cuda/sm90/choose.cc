@@ -1,5 +1,8 @@
 #include "sm90/choose.h"
 
+#include <algorithm>
+#include <cstdint>
+
 #include "sm90/tiles.h"
 
 namespace flash2::sm90 {
@@ -8,6 +11,58 @@ namespace {
 bool has_masks(const ForwardProblem& p) {
   return p.is_causal || p.window_left != kUnbounded || p.window_right != kUnbounded ||
          p.chunk_size > 0 || p.query_seq_lengths.data || p.key_value_seq_lengths.data;
+}
+
+// The tile that serves the problem if heads are not packed.
+int find_tile(const ForwardProblem& p, int32_t head_dim) {
+  const bool masked = has_masks(p);
+  int found = -1;
+  for (int i = 0; i < kForwardTileCount; ++i) {
+    const ForwardTile& tile = kForwardTiles[i];
+    if (tile.head_dim != head_dim || tile.masked != masked || tile.joins) continue;
+    found = i;
+    if (p.seq_q <= kShort) break;
+  }
+  return found;
+}
+
+// The bucket's tile that packs heads.
+int find_packing_tile(int32_t head_dim, bool joins) {
+  int i = 0;
+  while (kForwardTiles[i].head_dim != head_dim || !kForwardTiles[i].packs() ||
+         kForwardTiles[i].joins != joins) {
+    ++i;
+  }
+  return i;
+}
+
+// How many heads of a group share a tile: what makes fewest tiles, if that saves an eighth of
+// them. Depends on no batch size: a row is summed alike in all of them.
+int32_t choose_pack(const ForwardProblem& p, int32_t tile_q, int32_t packed_tile_q) {
+  if (p.heads_q == p.heads_kv) return 1;
+  const auto tiles = [&](int32_t pack, int32_t rows) {
+    return packs_of_heads(p, pack) * tiles_of_pack(p, pack, rows);
+  };
+  int32_t best = 1;
+  int64_t fewest = tiles(1, tile_q) * 7 / 8 + 1;
+  for (int32_t pack = 2; pack <= kMostPackedHeads && pack / 2 < p.heads_q / p.heads_kv;
+       pack *= 2) {
+    if (tiles(pack, packed_tile_q) >= fewest) continue;
+    fewest = tiles(pack, packed_tile_q);
+    best = pack;
+  }
+  return best;
+}
+
+// Among how many blocks the keys of a tile are shared out, where a head has so few queries that
+// there may be fewer tiles than multiprocessors. No block gets less than kLeastShare of the keys,
+// so that little is lost where there are many tiles: the batch size must not decide, as above.
+int32_t choose_splits(const ForwardProblem& p, int32_t head_dim, int32_t pack, int32_t tile_q) {
+  const bool all_keys = p.window_left == kUnbounded && p.chunk_size == 0;
+  if (!all_keys || tiles_of_pack(p, pack, tile_q) != 1) return 1;
+  int32_t splits = 1;
+  while (splits < kMostSplits && p.seq_kv / (2 * splits) >= kLeastShare / head_dim) splits *= 2;
+  return splits;
 }
 
 }  // namespace
@@ -20,12 +75,15 @@ bool serves(const Device& device, const ForwardProblem& p) {
 
 void choose_tile(const ForwardProblem& p, ForwardPlan* plan) {
   plan->family = 90;
-  const bool masked = has_masks(p);
-  for (int i = 0; i < kForwardTileCount; ++i) {
-    const ForwardTile& tile = kForwardTiles[i];
-    if (tile.head_dim != plan->head_dim || tile.masked != masked) continue;
-    plan->variant = i;
-    if (p.seq_q <= kShort) break;
+  plan->variant = find_tile(p, plan->head_dim);
+  const int packing = find_packing_tile(plan->head_dim, false);
+  const int32_t packed_tile_q = kForwardTiles[packing].tile_q();
+  plan->pack = choose_pack(p, kForwardTiles[plan->variant].tile_q(), packed_tile_q);
+  plan->splits = choose_splits(p, plan->head_dim, plan->pack, packed_tile_q);
+  if (plan->splits > 1) {
+    plan->variant = find_packing_tile(plan->head_dim, true);
+  } else if (plan->pack > 1) {
+    plan->variant = packing;
   }
   const ForwardTile& tile = kForwardTiles[plan->variant];
   plan->tile_q = tile.tile_q();
@@ -35,6 +93,23 @@ void choose_tile(const ForwardProblem& p, ForwardPlan* plan) {
   plan->smem_bytes = tile.smem_bytes();
 }
 
-bool counts_tiles(const ForwardPlan& plan) { return kForwardTiles[plan.variant].masked; }
+// Towards the end a block that begins a long tile keeps all others waiting, so the last section is
+// so large that its longest tiles are as much work as all its others: of tiles with 1, 2, ... n
+// blocks of keys, n on every multiprocessor and n (n - 1) / 2 of each of 2 * num_sms / (n - 1)
+// heads. A third of the multiprocessors' number is the most: its heads begin all at once, and read
+// from memory.
+void choose_sections(const Device& device, int64_t packs, ForwardPlan* plan) {
+  const int64_t most = plan->section;
+  plan->section = static_cast<int32_t>(std::min<int64_t>(most, kMostSectionHeads));
+  const int64_t wanted =
+      std::min(2 * device.num_sms / std::max(plan->tiles_q - 1, 1), device.num_sms / 3);
+  const int64_t last = std::min(std::max<int64_t>(wanted, plan->section), most);
+  const int64_t before = std::max<int64_t>(packs - last, 0) / plan->section;
+  plan->last_section = static_cast<int32_t>(before * plan->section);
+}
+
+bool counts_tiles(const ForwardPlan& plan) {
+  return kForwardTiles[plan.variant].masked && plan.splits == 1;
+}
 
 }  // namespace flash2::sm90

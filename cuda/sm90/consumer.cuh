@@ -3,23 +3,21 @@
 
 #include <cstdint>
 
-#include "mask.cuh"
+#include "ptx/cluster.cuh"
 #include "ptx/common.cuh"
 #include "ptx/mbarrier.cuh"
 #include "ptx/tma.cuh"
 #include "ptx/warpgroup.cuh"
 #include "ptx/wgmma.cuh"
-#include "sm80/scores.cuh"
+#include "sm90/forward_scores.cuh"
+#include "sm90/join.cuh"
 #include "sm90/kernels.h"
 #include "sm90/output.cuh"
 #include "sm90/shared_memory.cuh"
 #include "sm90/work.cuh"
-#include "softmax.cuh"
 
 namespace flash2::sm90 {
 
-// Scores of a thread: s[4 j + 2 r + i] = row 8 r + lane / 4 of the warp's 16, column
-// 8 j + 2 (lane % 4) + i. O likewise.
 template <int kTile, DataType kType>
 struct Consumer {
   static constexpr ForwardTile kT = kForwardTiles[kTile];
@@ -39,18 +37,12 @@ struct Consumer {
   Ring<kT.q_stages> q_ring;
 
   // Of the present tile.
-  OnlineSoftmax<2> softmax;
-  float factor;
-  float decay[2];        // what O has yet to be multiplied by
-  bool decayed;          // whether some row of the warp has to
+  RowScores<kTile, kType> rows;
   bool pending = false;  // the tile before has yet to be stored
-  Output<kType> output;
+  Output<kType, kT.packs()> output;
   float norm[2];
-  int row_begin[2], row_end[2];  // keys that the thread's rows see
-  int warp_begin, warp_end;      // keys that all rows of the warp see
 
   __device__ __forceinline__ void run() {
-    const ForwardProblem& p = params.problem;
     if (kT.ping_pong && consumer == 0) ptx::barrier_arrive(Named::turn(0), 256);
     Scores s;
     float o[kD / 2];
@@ -61,12 +53,12 @@ struct Consumer {
     wait_for_first(work);
     ptx::wgmma_fence();
     multiply_qk(s);
-    start_tile(work);
+    rows.start(params.problem, schedule, work, first_row());
     ptx::wgmma_wait<0>();
     ptx::pin(s);
     first_step(work, s);
     for (;;) {
-      pack(probabilities, s);
+      rows.pack(probabilities, s);
       if constexpr (kT.masked) clear_values_past_length(work);
 
       // Scores of this step's block, output of the block before.
@@ -77,44 +69,67 @@ struct Consumer {
         ptx::pin(s);
         if (n + 1 == work.steps) release_q();
         adjust(s);
-        exponentiate(s, [&](float sum) { release_k(sum); });
+        rows.exponentiate(s, [&](float sum) { release_k(sum); });
         ptx::wgmma_wait<0>();
         ptx::pin(o);
         ptx::pin(s);
         release_v();
-        pack(probabilities, s);
-        if (!kT.rescale_early) rescale(o);
+        rows.pack(probabilities, s);
+        if (!kT.rescale_early) rows.rescale(o);
       };
       int n = 1;
       if constexpr (kT.masked) {
 #pragma unroll 1
         for (; n < work.masked; ++n) {
           const int first_key = work.first_key<kTileKv>(n);
-          step(n, [&](Scores& scores) { mask(scores, first_key); });
+          step(n, [&](Scores& scores) { rows.template mask<kTileKv>(scores, first_key); });
         }
       }
 #pragma unroll 1
       for (; n < work.steps; ++n) step(n, [](Scores&) {});
 
-      // The last output beside the first scores of the next tile. After the last tile these are
-      // computed of what is left in shared memory, and nobody reads them.
+      if constexpr (kT.joins) {
+        join(work, o, probabilities);
+        return;
+      }
       const Work next = take_tile();
       q_ring.next();
-      wait_for_first(next);
-      multiply(s, o, probabilities);
-      output = Output<kType>(p, work.batch, work.head, first_row(work));
-      finish(work);
-      start_tile(next);
-      ptx::wgmma_wait<1>();
-      ptx::pin(s);
-      if (next.exists) first_step(next, s);
-      ptx::wgmma_wait<0>();
-      ptx::pin(o);
-      ptx::pin(s);
-      release_v();
-      pending = true;
-      if (!kT.store_late) store(o);
-      if (!next.exists) break;
+      if constexpr (kT.q_stages == 1) {
+        // The next Q begins to come now that this one's place is free: what is left to do of this
+        // tile does not wait for it.
+        multiply_pv(o, probabilities);
+        finish(work);
+        ptx::wgmma_wait<0>();
+        ptx::pin(o);
+        release_v();
+        pending = true;
+        if (!next.exists) break;
+        wait_for_first(next);
+        ptx::wgmma_fence();
+        multiply_qk(s);
+        store(o);
+        rows.start(params.problem, schedule, next, first_row());
+        ptx::wgmma_wait<0>();
+        ptx::pin(s);
+        first_step(next, s);
+      } else {
+        // The last output beside the first scores of the next tile. After the last tile these are
+        // computed of what is left in shared memory, and nobody reads them.
+        wait_for_first(next);
+        multiply(s, o, probabilities);
+        finish(work);
+        rows.start(params.problem, schedule, next, first_row());
+        ptx::wgmma_wait<1>();
+        ptx::pin(s);
+        if (next.exists) first_step(next, s);
+        ptx::wgmma_wait<0>();
+        ptx::pin(o);
+        ptx::pin(s);
+        release_v();
+        pending = true;
+        if (!kT.store_late) store(o);
+        if (!next.exists) break;
+      }
       work = next;
     }
     store(o);
@@ -171,9 +186,6 @@ struct Consumer {
     ptx::wgmma_fence();
     multiply_qk(s);
     if (kT.store_late) store(o);
-    if (kT.rescale_early) rescale(o);
-    ptx::mbarrier_wait(smem.v_full(v_ring.stage), v_ring.parity);
-    ptx::wgmma_fence();
     multiply_pv(o, probabilities);
     pass_turn();
   }
@@ -196,6 +208,9 @@ struct Consumer {
 
   __device__ __forceinline__ void multiply_pv(float (&o)[kD / 2],
                                               const uint32_t (&probabilities)[kTileKv / 16][4]) {
+    if (kT.rescale_early) rows.rescale(o);
+    ptx::mbarrier_wait(smem.v_full(v_ring.stage), v_ring.parity);
+    ptx::wgmma_fence();
     const uint64_t v = ptx::wgmma_descriptor(smem.v(v_ring.stage), kPanelKv);
 #pragma unroll
     for (int i = 0; i < kTileKv / 16; ++i) {
@@ -204,33 +219,14 @@ struct Consumer {
     ptx::wgmma_commit();
   }
 
-  // --- Softmax
+  // --- A tile's begin and end
 
-  // The first of the thread's rows.
-  __device__ __forceinline__ int first_row(const Work& work) const {
-    return work.row0 + 64 * consumer + 16 * warp + lane / 4;
-  }
-
-  __device__ __forceinline__ void start_tile(const Work& work) {
-    softmax = OnlineSoftmax<2>();
-    factor = score_factor(work.scale);
-    if constexpr (kT.masked) {
-#pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        const Interval keys = work.visibility.row(params.problem, first_row(work) + 8 * r);
-        row_begin[r] = keys.begin;
-        row_end[r] = keys.end;
-      }
-      warp_begin = __shfl_sync(~0u, row_begin[1], 31);  // both ends rise with the row
-      warp_end = __shfl_sync(~0u, row_end[0], 0);
-    } else {
-      row_end[0] = row_end[1] = warp_end = params.problem.seq_kv;
-    }
-  }
+  // The first of the thread's rows in the tile; 8 below it is the other.
+  __device__ __forceinline__ int first_row() const { return 64 * consumer + 16 * warp + lane / 4; }
 
   __device__ __forceinline__ void store(float (&o)[kD / 2]) {
     if (!pending) return;
-    output.store(params.problem, o, norm);
+    output.store(params.problem, schedule, o, norm);
 #pragma unroll
     for (int i = 0; i < kD / 2; ++i) o[i] = 0.0f;
     pending = false;
@@ -239,91 +235,42 @@ struct Consumer {
   __device__ __forceinline__ void finish(const Work& work) {
     const ForwardProblem& p = params.problem;
     const bool has_sink = p.sinks.data != nullptr;
-    const float sink = has_sink ? p.sinks.at(work.batch, work.head) : 0.0f;
+    output = Output<kType, kT.packs()>(p, schedule, work, first_row());
     float lse[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const bool visible = first_row(work) + 8 * r < work.q_length;
-      norm[r] = softmax.finish(r, visible, factor, has_sink, sink, &lse[r]);
+      const RowPlace<kT.packs()> row(schedule, work, first_row() + 8 * r);
+      const float sink = has_sink && row.exists(p) ? p.sinks.at(work.batch, row.head) : 0.0f;
+      norm[r] = rows.online.finish(r, row.position < work.q_length, rows.factor, has_sink, sink,
+                                   &lse[r]);
     }
-    output.store_lse(p, lse);
+    output.store_lse(p, schedule, lse);
+  }
+
+  // The only tile of this block: the last output, and what the other blocks of the cluster have.
+  __device__ __forceinline__ void join(const Work& work, float (&o)[kD / 2],
+                                       const uint32_t (&probabilities)[kTileKv / 16][4]) {
+    multiply_pv(o, probabilities);
+    ptx::wgmma_wait<0>();
+    ptx::pin(o);
+    ptx::barrier_sync(Named::kAllConsumers, SharedMemory<kTile>::kConsumerThreads);
+    const Join<kTile, kType> join{params.problem, schedule, smem.k(0),
+                                  128 * consumer + 32 * warp + lane};
+    join.leave(first_row(), o, rows.online);
+    ptx::cluster_arrive();
+    ptx::cluster_wait();
+    join.make(work, rows.factor);
+    __syncwarp();
+    // Nobody leaves while others read what it has.
+    ptx::cluster_arrive();
+    ptx::cluster_wait();
   }
 
   // A tile's first scores become exponentials.
   __device__ __forceinline__ void first_step(const Work& work, Scores& s) {
     if (work.steps == 1) release_q();
-    if (work.masked > 0) mask(s, work.first_key<kTileKv>(0));
-    exponentiate(s, [&](float sum) { release_k(sum); });
-  }
-
-  __device__ __forceinline__ void mask(Scores& s, int first_key) {
-    auto& blocks = reinterpret_cast<float (&)[1][kTileKv / 8][4]>(s);
-    if (first_key + kTileKv > warp_end) {
-      sm80::mask_columns<1, kTileKv, true>(blocks,
-                                           [&](int r) { return row_end[r / 8] - first_key; });
-    }
-    if constexpr (kT.masked) {
-      if (first_key < warp_begin) {
-        sm80::mask_columns<1, kTileKv, false>(blocks,
-                                              [&](int r) { return row_begin[r / 8] - first_key; });
-      }
-    }
-  }
-
-  // Scores become exponentials. `between` is called with a sum that depends on the first
-  // split / 8 of the columns.
-  template <class Between>
-  __device__ __forceinline__ void exponentiate(Scores& s, Between between) {
-    float largest[2], base[2];
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      float a = s[2 * r], b = s[2 * r + 1];
-#pragma unroll
-      for (int j = 1; j < kTileKv / 8; ++j) {
-        a = fmaxf(a, s[4 * j + 2 * r]);
-        b = fmaxf(b, s[4 * j + 2 * r + 1]);
-      }
-      largest[r] = fmaxf(a, b);
-    }
-    decayed = false;
-    softmax.raise(largest, factor, [&](int r, float d) {
-      decay[r] = d;
-      decayed = true;
-    });
-    float sum[2] = {0.0f, 0.0f};
-#pragma unroll
-    for (int r = 0; r < 2; ++r) base[r] = softmax.base(r, factor);
-#pragma unroll
-    for (int j = 0; j < kTileKv / 8; ++j) {
-      if (j == kTileKv / 8 * kT.split / 8) between(sum[0] + sum[1]);
-#pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        float* pair = &s[4 * j + 2 * r];
-        pair[0] = ptx::exp2(fmaf(pair[0], factor, -base[r]));
-        pair[1] = ptx::exp2(fmaf(pair[1], factor, -base[r]));
-        softmax.sum[r] += pair[0];
-        sum[r] += pair[1];
-      }
-    }
-#pragma unroll
-    for (int r = 0; r < 2; ++r) softmax.sum[r] += sum[r];
-  }
-
-  __device__ __forceinline__ static void pack(uint32_t (&probabilities)[kTileKv / 16][4],
-                                              const Scores& s) {
-#pragma unroll
-    for (int i = 0; i < kTileKv / 4; ++i) {
-      probabilities[i / 4][i % 4] = ptx::pack<kType>(s[2 * i], s[2 * i + 1]);
-    }
-  }
-
-  __device__ __forceinline__ void rescale(float (&o)[kD / 2]) {
-    if (!decayed) return;
-#pragma unroll
-    for (int j = 0; j < kD / 8; ++j)
-#pragma unroll
-      for (int i = 0; i < 4; ++i) o[4 * j + i] *= decay[i / 2];
-    ptx::pin(o);
+    const bool half = work.masked > 0 && rows.mask_first(s, work.first_key<kTileKv>(0));
+    rows.exponentiate(s, [&](float sum) { release_k(sum); }, half);
   }
 
   // --- Corrections in shared memory, which few calls need

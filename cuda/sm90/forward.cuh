@@ -28,7 +28,7 @@ __global__ void __launch_bounds__(kForwardTiles[kTile].threads(), 1)
   // and each product would wait for its way into uniform registers.
   const int group = __shfl_sync(~0u, threadIdx.x / 128, 0);
   const int warp = __shfl_sync(~0u, threadIdx.x / 32 % 4, 0), lane = threadIdx.x % 32;
-  const Scheduler<kTile> scheduler{params, schedule, smem, lane == 0};
+  const Scheduler<kTile> scheduler{maps, params, schedule, smem, lane == 0};
   if (group == 0) {
     if (warp == 1) scheduler.write_first();
     if (threadIdx.x == 0) {
@@ -41,7 +41,7 @@ __global__ void __launch_bounds__(kForwardTiles[kTile].threads(), 1)
   __syncthreads();
   if (group == 0) {
     ptx::lower_registers<kT.producer_registers()>();
-    if (warp == 0) Producer<kTile>{maps, params, smem, lane == 0}.run();
+    if (warp == 0) Producer<kTile>{maps, params, schedule, smem, lane == 0}.run();
     if (warp == 1) scheduler.run();
   } else {
     ptx::raise_registers<kT.consumer_registers()>();

@@ -16,7 +16,7 @@ class TileCounter;
 namespace flash2::sm90 {
 
 struct ForwardMaps {
-  CUtensorMap query;  // boxes of 64 rows
+  CUtensorMap query;  // boxes of 64 rows: positions, of each the heads of the pack
   CUtensorMap key;    // boxes of tile_kv rows
   CUtensorMap value;
 };
@@ -26,6 +26,9 @@ struct ForwardSchedule {
   uint32_t zero;      // 0; the compiler does not know
   TileCounter* next;  // null: a block's tiles follow each other by the grid's size
   uint64_t key;       // of this launch: counter.cuh
+  int pack_shift;     // the plan's pack is 1 << pack_shift
+  int group;          // query heads per key head
+  int splits;         // the plan's
 };
 
 // The kernel for an index into kForwardTiles of this head_dim, or null. It takes a ForwardMaps, a

@@ -41,13 +41,16 @@ uint64_t launch_key() {
   return x ^ x >> 31;
 }
 
-int encode_maps(const ForwardProblem& p, const ForwardTile& tile, ForwardMaps* maps) {
+int encode_maps(const ForwardProblem& p, const ForwardPlan& plan, ForwardMaps* maps) {
   const Array query{p.query, p.query_stride, p.batch, p.seq_q, p.heads_q, p.head_dim};
   const Array key{p.key, p.key_stride, p.batch, p.seq_kv, p.heads_kv, p.head_dim};
   const Array value{p.value, p.value_stride, p.batch, p.seq_kv, p.heads_kv, p.head_dim_v};
-  if (int error = encode_tensor_map(query, p.data_type, 64, &maps->query)) return error;
-  if (int error = encode_tensor_map(key, p.data_type, tile.tile_kv, &maps->key)) return error;
-  return encode_tensor_map(value, p.data_type, tile.tile_kv, &maps->value);
+  if (int error = encode_pack_map(query, p.data_type, p.heads_q / p.heads_kv, plan.pack,
+                                  64 / plan.pack, &maps->query)) {
+    return error;
+  }
+  if (int error = encode_tensor_map(key, p.data_type, plan.tile_kv, &maps->key)) return error;
+  return encode_tensor_map(value, p.data_type, plan.tile_kv, &maps->value);
 }
 
 }  // namespace
@@ -64,16 +67,31 @@ int launch_forward(const ForwardProblem& problem, const ForwardPlan& plan, void*
   if (int error = allowance.ask(kernel, bit, plan.smem_bytes)) return error;
 
   ForwardMaps maps;
-  if (int error = encode_maps(problem, kForwardTiles[plan.variant], &maps)) return error;
+  if (int error = encode_maps(problem, plan, &maps)) return error;
   ForwardParams params = make_params(problem, plan);
   const bool counts = counts_tiles(plan);
   if (counts && workspace == nullptr) return cudaErrorInvalidValue;
-  ForwardSchedule schedule{params.heads * params.tiles_q, 0,
+  int pack_shift = 0;
+  while (1 << pack_shift < plan.pack) ++pack_shift;
+  ForwardSchedule schedule{params.all_packs * params.tiles_q,
+                           0,
                            counts ? static_cast<TileCounter*>(workspace) : nullptr,
-                           counts ? launch_key() : 0};
+                           counts ? launch_key() : 0,
+                           pack_shift,
+                           problem.heads_q / problem.heads_kv,
+                           plan.splits};
+  cudaLaunchAttribute cluster = {};
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim = {static_cast<unsigned>(plan.splits), 1, 1};
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(plan.grid);
+  config.blockDim = dim3(plan.block);
+  config.dynamicSmemBytes = plan.smem_bytes;
+  config.stream = stream;
+  config.attrs = &cluster;
+  config.numAttrs = plan.splits > 1 ? 1 : 0;
   void* arguments[] = {&maps, &params, &schedule};
-  return cudaLaunchKernel(kernel, dim3(plan.grid), dim3(plan.block), arguments, plan.smem_bytes,
-                          stream);
+  return cudaLaunchKernelExC(&config, kernel, arguments);
 }
 
 }  // namespace flash2::sm90

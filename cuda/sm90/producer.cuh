@@ -20,6 +20,7 @@ struct Producer {
 
   const ForwardMaps& maps;
   const ForwardParams& params;
+  const ForwardSchedule& schedule;
   SharedMemory<kTile> smem;
   bool leader;
   uint64_t keep, pass;  // policies of the L2 cache: K and V are read again, Q is not
@@ -56,7 +57,7 @@ struct Producer {
   // The next tile is asked for so many steps before the end of this one: later, and the consumers
   // would wait for it; earlier, and it would be bound to this block however long the present one
   // takes, which undoes the order by length.
-  static constexpr int kLead = 3;
+  static constexpr int kLead = 2;
 
   __device__ __forceinline__ void want_next() {
     if (leader) ptx::mbarrier_arrive(smem.tile_wanted());
@@ -72,14 +73,16 @@ struct Producer {
 
   __device__ __forceinline__ void load_q(const Work& work) {
     const int batch = params.problem.query_stride.batch == 0 ? 0 : work.batch;
+    const int head = work.head - work.head_kv * schedule.group;
+    const int rows = 64 >> (kT.packs() ? schedule.pack_shift : 0);  // of each head
     for (int c = 0; c < kT.consumers; ++c) {
       const uint32_t full = smem.q_full(q_ring.stage, c);
       ptx::mbarrier_wait_warp(smem.q_empty(q_ring.stage, c), q_ring.parity ^ 1);
       if (leader) {
         ptx::mbarrier_arrive_expect(full, kT.q_bytes());
         for (int panel = 0; panel < kPanels; ++panel) {
-          ptx::tma_load(smem.q(q_ring.stage, c) + panel * 64 * 128, &maps.query, full, panel * 64,
-                        work.row0 + 64 * c, work.head, batch, pass);
+          ptx::tma_load_pack(smem.q(q_ring.stage, c) + panel * 64 * 128, &maps.query, full,
+                             panel * 64, head, work.row0 + rows * c, work.head_kv, batch, pass);
         }
       }
     }

@@ -23,8 +23,15 @@ struct ForwardTile {
   bool rescale_early;  // O is rescaled while Q K^T runs, not after P V
   bool store_late;     // O is stored while the next tile's second Q K^T runs, not before it
   int split;           // eighths of a step's exponentials that must not wait for P V
+  bool joins = false;  // a cluster shares the keys of each tile: join.cuh
 
   FLASH2_HOST_DEVICE constexpr int stages() const { return 2; }  // of K and of V
+  // Whether a tile may hold several query heads of a key head. The others have no registers for it
+  // (head_dim 64, three consumers) or no masks, and where heads are packed copies take the time.
+  FLASH2_HOST_DEVICE constexpr bool packs() const { return masked && consumers == 2; }
+  // Whether the next tile's Q is called into the L2 cache as soon as that tile is known. It gained
+  // 2 to 4 % at length 512 without masks, and lost up to 9 % with them and at head_dim 256.
+  FLASH2_HOST_DEVICE constexpr bool prefetches_q() const { return !masked && head_dim < 256; }
   FLASH2_HOST_DEVICE constexpr int tile_q() const { return 64 * consumers; }
   FLASH2_HOST_DEVICE constexpr int threads() const { return 128 * (consumers + 1); }
   // Of 65536 registers; the producer's warpgroup gives what it does not need.
@@ -48,12 +55,17 @@ inline constexpr ForwardTile kForwardTiles[] = {
     // less. From 2048 on three consumers lead.
     {64, true, 2, 128, 2, true, false, false, 0},
     {64, true, 3, 128, 2, true, false, false, 0},
+    {64, true, 2, 128, 2, false, false, false, 0, true},
     // 193 KB. 128 x 176 has room for one stage of Q only and was 0 to 4 % slower.
     {128, false, 2, 128, 2, false, false, true, 3},
     {128, true, 2, 128, 2, false, false, false, 3},
+    {128, true, 2, 128, 2, false, false, false, 3, true},
     // 225 KB of the 227 there are.
-    {256, false, 2, 80, 1, false, true, true, 0},
-    {256, true, 2, 80, 1, false, true, false, 0},
+    {256, false, 2, 80, 1, false, true, false, 0},
+    // 64 keys of the 80 there is room for waste less of the diagonal: 3 % faster at 512, level at
+    // 16k.
+    {256, true, 2, 64, 1, false, true, false, 0},
+    {256, true, 2, 80, 1, false, true, false, 0, true},
 };
 // Query lengths up to it prefer the first masked tile of a bucket, longer ones the last.
 inline constexpr int kShort = 1024;

@@ -8,6 +8,7 @@
 #include "params.h"
 #include "ptx/common.cuh"
 #include "scheduler.cuh"
+#include "sm90/kernels.h"
 #include "sm90/tiles.h"
 
 namespace flash2::sm90 {
@@ -17,9 +18,9 @@ struct Work {
 
   int exists;  // 0: there are no more tiles
   int batch;
-  int head;
+  int head;  // the first of the pack
   int head_kv;
-  int row0;
+  int row0;      // the first position
   int q_length;  // rows at or past it see nothing
   float scale;
   int steps;   // blocks of keys; at least one, so that all tiles look alike to the pipeline
@@ -31,17 +32,22 @@ struct Work {
   Visibility visibility;
 
   template <int kTile>
-  static __device__ __forceinline__ Work find(const ForwardParams& params, uint32_t tile,
-                                              uint32_t tiles) {
+  static __device__ __forceinline__ Work find(const ForwardParams& params,
+                                              const ForwardSchedule& schedule, uint32_t tile) {
     constexpr ForwardTile kT = kForwardTiles[kTile];
     const ForwardProblem& p = params.problem;
     Work work{};
-    if (tile >= tiles) return work;
-    const ForwardWork<kT.tile_q(), kT.tile_kv> found(params, tile);
+    if (tile >= schedule.tiles) return work;
+    const int shift = kT.packs() ? schedule.pack_shift : 0;
+    const ForwardWork<kT.tile_q(), kT.tile_kv> found(params, tile, kT.tile_q() >> shift);
     work.exists = 1;
     work.batch = found.batch;
     work.head = found.head;
     work.head_kv = params.group.divide(found.head);
+    if (kT.packs()) {
+      const int pack = found.head - work.head_kv * params.group.value;  // of the group's
+      work.head = work.head_kv * schedule.group + (pack << shift);
+    }
     work.row0 = found.row0;
     work.q_length = found.q_length;
     work.scale = p.scale;
@@ -53,6 +59,14 @@ struct Work {
     work.top = found.range.top;
     work.whole_bottom = found.range.whole_bottom;
     work.whole_top = found.range.whole_top;
+    if constexpr (kT.joins) {  // this block's share of the steps
+      const int rank = blockIdx.x % schedule.splits;
+      const int begin = work.steps * rank / schedule.splits;
+      work.steps = work.steps * (rank + 1) / schedule.splits - begin;
+      work.masked = min(work.masked - begin, work.steps);
+      work.upper -= begin;
+      work.top -= begin;
+    }
     if (work.steps == 0) {  // a block past the array: zeros, which no row sees
       work.steps = work.masked = work.upper = 1;
       work.top = p.seq_kv / kT.tile_kv + 2;

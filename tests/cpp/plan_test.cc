@@ -62,8 +62,12 @@ void check_sound(const Device& d, const ForwardProblem& p) {
         text << ", " << plan.smem_bytes << " bytes of shared memory");
   CHECK(plan.block % 32 == 0 && plan.block >= 32 && plan.block <= 1024, text << plan.block);
   CHECK(plan.grid >= 1 && plan.grid <= 0x7fffffffu, text << plan.grid);
-  CHECK(static_cast<int64_t>(plan.tiles_q) * plan.tile_q >= p.seq_q, text);
-  CHECK(static_cast<int64_t>(plan.tiles_q - 1) * plan.tile_q < p.seq_q, text);
+  const int64_t rows = int64_t{p.seq_q} * plan.pack;
+  CHECK(static_cast<int64_t>(plan.tiles_q) * plan.tile_q >= rows, text);
+  CHECK(static_cast<int64_t>(plan.tiles_q - 1) * plan.tile_q < rows, text);
+  CHECK(plan.packs % p.heads_kv == 0 && plan.packs * plan.pack >= p.heads_q, text);
+  CHECK(plan.pack >= 1 && (plan.pack & (plan.pack - 1)) == 0, text << plan.pack);
+  CHECK(plan.family == 90 || plan.pack == 1, text);
 }
 
 void check_refused(const ForwardProblem& p, PlanStatus status, const Device& d = kH100) {
@@ -158,6 +162,97 @@ CASE(hopper_blocks_stay_and_share_the_tiles) {
     CHECK(causal.grid <= static_cast<uint32_t>(kH100.num_sms), causal.grid);
     CHECK(causal.workspace_bytes == 16, "tiles of unequal length need one");
     CHECK(plan_forward(kH100, p, 80).workspace_bytes == 0, "");
+  }
+}
+
+// Tiles of one batch entry.
+int64_t tiles(const ForwardPlan& plan) { return int64_t{plan.packs} * plan.tiles_q; }
+
+CASE(hopper_packs_the_heads_of_short_queries) {
+  for (int head_dim : {64, 128, 256}) {
+    for (int group : {2, 3, 4, 6, 8, 16, 71}) {
+      for (int seq_q = 1; seq_q <= 16; ++seq_q) {
+        ForwardProblem p = problem(head_dim, seq_q, 512, 3, 2 * group, 2);
+        const ForwardPlan plan = plan_forward(kH100, p);
+        check_sound(kH100, p);
+        const std::string text = show(kH100, p) + ", packs of " + std::to_string(plan.pack);
+        if (group <= 16 && group * seq_q <= 64) {  // one tile for each of the two key heads
+          CHECK(tiles(plan) == 2, text << ", " << tiles(plan) << " tiles");
+        }
+        CHECK(8 * tiles(plan) <= 7 * p.heads_q, text << ", " << tiles(plan) << " tiles");
+        CHECK(plan.pack / 2 < group, text);
+        CHECK(plan.workspace_bytes == 16, text);
+        CHECK(plan_forward(kH100, p, 80).pack == 1 && plan_forward(kA100, p).pack == 1, text);
+        p.batch = 1000;
+        CHECK(plan_forward(kH100, p).pack == plan.pack, "a row is summed alike in any batch");
+      }
+    }
+  }
+}
+
+CASE(hopper_shares_out_many_keys_of_few_queries) {
+  for (int head_dim : {64, 128, 256}) {
+    for (int group : {1, 2, 8}) {
+      for (int seq_q : {1, 5, 16, 300}) {
+        for (int shares : {1, 3, 4, 7, 8, 16, 1 << 10}) {  // of half of the least
+          const int seq_kv = shares * (1024 * 128 / head_dim);
+          ForwardProblem p = problem(head_dim, seq_q, seq_kv, 3, 2 * group, 2);
+          const ForwardPlan plan = plan_forward(kH100, p);
+          const std::string text = show(kH100, p) + ", splits " + std::to_string(plan.splits);
+          const int want = shares < 4 ? 1 : shares < 8 ? 2 : shares < 16 ? 4 : 8;
+          CHECK(plan.splits == (seq_q == 300 ? 1 : want), text);
+          if (plan.splits > 1) CHECK(plan.grid == plan.splits * tiles(plan) * p.batch, text);
+          CHECK(plan_forward(kH100, p, 80).splits == 1, text);
+          ForwardProblem other = p;
+          other.batch = 1;
+          CHECK(plan_forward(kH100, other).splits == plan.splits, text);
+          other.window_left = 100;
+          CHECK(plan_forward(kH100, other).splits == 1, text);
+          other = p;
+          other.chunk_size = 64;
+          CHECK(plan_forward(kH100, other).splits == 1, text);
+        }
+      }
+    }
+  }
+}
+
+CASE(the_last_section_balances_its_tiles) {
+  for (int head_dim : {64, 128, 256}) {
+    for (int seq : {100, 512, 1024, 4096, 16384, 1 << 18}) {
+      for (int batch : {1, 3, 64}) {
+        ForwardProblem p = problem(head_dim, seq, seq, batch);
+        CHECK(plan_forward(kH100, p).last_section >= batch * p.heads_q, "none without a mask");
+        p.is_causal = true;
+        const ForwardPlan plan = plan_forward(kH100, p);
+        const int rest = batch * p.heads_q - plan.last_section;
+        CHECK(plan.last_section % plan.section == 0 && rest > 0, show(kH100, p));
+        CHECK(plan.section <= 8 && (rest >= plan.section || plan.last_section == 0),
+              show(kH100, p) << ", sections of " << plan.section << ", " << rest << " left");
+      }
+    }
+  }
+}
+
+CASE(packing_makes_fewer_tiles_or_is_left) {
+  for (int head_dim : {64, 128, 256}) {
+    for (int group : {1, 2, 5, 8, 64}) {
+      for (int seq_q : {1, 17, 64, 100, 128, 150, 257, 512, 1100, 4096, 16384}) {
+        for (bool causal : {false, true}) {
+          ForwardProblem p = problem(head_dim, seq_q, 512, 1, 2 * group, 2), alone = p;
+          alone.heads_kv = alone.heads_q;
+          p.is_causal = alone.is_causal = causal;
+          const ForwardPlan plan = plan_forward(kH100, p), bare = plan_forward(kH100, alone);
+          const std::string text = show(kH100, p) + ", packs of " + std::to_string(plan.pack);
+          CHECK(bare.pack == 1, text);
+          if (plan.pack == 1) {
+            CHECK(plan.variant == bare.variant && tiles(plan) == tiles(bare), text);
+          } else {
+            CHECK(8 * tiles(plan) <= 7 * tiles(bare), text);
+          }
+        }
+      }
+    }
   }
 }
 

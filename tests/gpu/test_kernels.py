@@ -11,11 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from harness import (
+    FAMILIES,
     SUPPORTED,
     check,
     check_families,
     each_family,
     evaluate,
+    forward,
     gpu_case,
     option_sets,
 )
@@ -94,6 +96,83 @@ def test_grouped_heads(heads, kv_heads, head_dim):
         "causal", heads=heads, kv_heads=kv_heads, head_dim=head_dim, length=130
     )
     check(case.inputs(), str(case))
+
+
+# Short queries, whose group of heads shares a tile on Hopper: every length up to 16 with one
+# of the groups, among them some that are no power of two and one that no tile holds.
+GROUPS = (2, 3, 4, 5, 6, 7, 8, 71)
+MASKS = (
+    (),
+    ("causal", "offset_static"),
+    ("causal", "offset", "sinks"),
+    ("window", "offset"),
+    ("chunk", "offset_static"),
+    ("query_lengths", "key_lengths"),
+    ("causal", "prefix", "key_lengths"),
+    ("causal", "offset", "query_lengths", "key_lengths", "sinks"),
+)
+
+
+@pytest.mark.parametrize("q_length", range(1, 17))
+@pytest.mark.parametrize("head_dim", DIMS)
+def test_short_queries_of_grouped_heads(q_length, head_dim):
+    group = GROUPS[(q_length + head_dim // 64) % len(GROUPS)]
+    shape = dict(q_length=q_length, kv_length=201, heads=2 * group, head_dim=head_dim)
+    for turn in range(2):
+        number = q_length + DIMS.index(head_dim) + 4 * turn
+        dtype = DTYPES[(number + turn) % 2]
+        case = gpu_case(*MASKS[number % len(MASKS)], **shape, dtype=dtype)
+        inputs = case.inputs(seed=number)
+        check(inputs, str(case))
+        first, again = (forward(inputs, FAMILIES[-1]) for _ in range(2))
+        assert_bitwise_equal(first, again)
+
+
+# From 4096 keys on a cluster shares them out, at head_dim 64 from 8192.
+@pytest.mark.parametrize("kv_length", [4096, 8200, 16384])
+@pytest.mark.parametrize("head_dim", DIMS)
+def test_few_queries_of_many_keys(kv_length, head_dim):
+    number = DIMS.index(head_dim) + kv_length // 4096
+    for options in (MASKS[number % 3], MASKS[5 + number % 3]):
+        case = gpu_case(
+            *options,
+            q_length=1 + number,
+            kv_length=kv_length,
+            heads=2 * (1, 6, 8)[number % 3],
+            head_dim=head_dim,
+            batch=(2,),
+            dtype=DTYPES[number % 2],
+        )
+        inputs = case.inputs(seed=number)
+        check(inputs, str(case))
+        first, again = (forward(inputs, FAMILIES[-1]) for _ in range(2))
+        assert_bitwise_equal(first, again)
+
+
+@pytest.mark.parametrize("head_dim", DIMS)
+@pytest.mark.parametrize("scale", [0.0, -0.3])
+def test_scales_of_packed_heads(head_dim, scale):
+    shape = dict(q_length=5, kv_length=300, heads=8, kv_heads=1, head_dim=head_dim)
+    inputs = gpu_case("causal", "offset_static", "scale", **shape).inputs()
+    check(inputs.replace(scale=scale))
+
+
+@pytest.mark.parametrize("head_dim", DIMS)
+def test_packed_heads_give_the_bytes_of_heads_alone(head_dim):
+    """A head, its keys' only one, makes a tile of its own: its sums come in the same order."""
+    shape = dict(q_length=3, kv_length=500, heads=6, head_dim=head_dim, batch=(2,))
+    case = gpu_case("causal", "offset_static", "key_lengths", "query_lengths", **shape)
+    inputs = case.inputs()
+    whole = forward(inputs, FAMILIES[-1])
+    for head in range(6):
+        key = slice(head // 3, head // 3 + 1)
+        one = inputs.replace(
+            query=inputs.wrt["query"][:, :, head : head + 1],
+            key=inputs.wrt["key"][:, :, key],
+            value=inputs.wrt["value"][:, :, key],
+        )
+        for name, x in forward(one, FAMILIES[-1]).items():
+            assert_bitwise_equal(x[:, :, 0], whole[name][:, :, head], name)
 
 
 # ---------------------------------------------------------------------------------- edges
