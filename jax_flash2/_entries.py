@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jax_flash2 import _dropout, _mask
-from jax_flash2._spec import AttentionSpec, Operands, base_name
+from jax_flash2._spec import AttentionSpec, Operands, base_name, joint
 
 BLOCK = 256
 # Blocks of a pass over query blocks: wide ones rescale the output half as often, narrow
@@ -63,14 +63,6 @@ class Sizes(NamedTuple):
     def kv_blocks(self) -> int:
         return -(-self.kv_length // self.kv_block)
 
-    @property
-    def each_q_block(self) -> jax.Array:
-        return jnp.arange(self.q_blocks, dtype=jnp.int32)
-
-    @property
-    def each_kv_block(self) -> jax.Array:
-        return jnp.arange(self.kv_blocks, dtype=jnp.int32)
-
 
 def _is_narrow(spec: AttentionSpec) -> bool:
     left, right = spec.window
@@ -79,6 +71,11 @@ def _is_narrow(spec: AttentionSpec) -> bool:
     band = None if left is None or right is None else left + right
     sizes = [n for n in (band, spec.chunk_size) if n is not None]
     return min(sizes, default=4 * WIDE_BLOCK) < 4 * WIDE_BLOCK
+
+
+def _shorter(block: int, length: Any) -> int:
+    """A block no longer than the length, where that is a number and not a symbol."""
+    return min(block, length) if isinstance(length, int) else block
 
 
 def prepare(
@@ -103,15 +100,15 @@ def prepare(
     _, q_length, heads, _ = x.query.shape
     kv_length, kv_heads = x.key.shape[1:3]
     size = (NARROW_BLOCK if _is_narrow(spec) else WIDE_BLOCK) if by_rows else BLOCK
-    kv_block = min(size, kv_length)
+    kv_block = _shorter(size, kv_length)
     if spec.dropout_rate:  # a block starts at a whole group of columns
         kv_block = -(-kv_block // _dropout.GROUP) * _dropout.GROUP
-    group, q_block = heads // kv_heads, min(size, q_length)
+    group, q_block = heads // kv_heads, _shorter(size, q_length)
     named = {name: a for name, a in x._asdict().items() if a is not None}
-    batch = max(a.shape[0] for a in (*named.values(), *rows.values()))
+    batch = joint(a.shape[0] for a in (*named.values(), *rows.values()))
     sizes = Sizes(batch, kv_heads, group, q_length, kv_length, q_block, kv_block)
 
-    if kv_length % kv_block:
+    if kv_length % kv_block != 0:
         lengths = x.key_value_seq_lengths
         if lengths is None:
             lengths = jnp.full((1,), kv_length, jnp.int32)
@@ -186,8 +183,9 @@ def _split_heads(x: jax.Array, sizes: Sizes) -> jax.Array:
 def _pad(x: jax.Array, axis: int, block: int, value: Any = 0) -> jax.Array:
     """Pads an axis to whole blocks, with ``value`` or, if None, with the last element."""
     widths = [(0, 0)] * x.ndim
-    widths[axis] = (0, -x.shape[axis] % block)
-    if not widths[axis][1]:
+    n = x.shape[axis]
+    widths[axis] = (0, -(-n // block) * block - n)  # so that a symbolic sum has a bound
+    if widths[axis][1] == 0:
         return x
     if value is None:
         return jnp.pad(x, widths, mode="edge")
@@ -255,6 +253,36 @@ def seeing(
     return begin, jnp.where(sees.any(), stop, 0)
 
 
+def scan(step: Callable[[Any, jax.Array], Any], state: Any, count: Any) -> Any:
+    """`lax.scan` over the indices below ``count``.
+
+    Which may be a symbol of `jax.export`: `lax.scan` knows only numbers.
+    """
+    if isinstance(count, int):
+        return lax.scan(step, state, jnp.arange(count, dtype=jnp.int32))
+    index = jnp.zeros((), jnp.int32)
+    _, shapes = jax.eval_shape(step, state, index)
+    stacked = jax.tree.map(lambda y: jnp.zeros((count, *y.shape), y.dtype), shapes)
+
+    def body(i: jax.Array, carry: Any) -> Any:
+        state, stacked = carry
+        state, result = step(state, i)
+        stacked = jax.tree.map(
+            lambda all_, one: lax.dynamic_update_index_in_dim(all_, one, i, 0),
+            stacked,
+            result,
+        )
+        return state, stacked
+
+    end = lax.convert_element_type(count, jnp.int32)
+    return lax.fori_loop(index, end, body, (state, stacked))
+
+
+def stack(f: Callable[[jax.Array], Any], count: Any) -> Any:
+    """The results of ``f`` for each index below ``count``, one after the other."""
+    return scan(lambda state, i: (state, f(i)), (), count)[1]
+
+
 Rows = dict[str, jax.Array]
 
 
@@ -300,8 +328,12 @@ def _for_each_entry(
         if not sequential and not summed:
             return jax.vmap(lambda m: f(shared | m))(mapped)
 
-        def step(sums: dict[str, jax.Array], m: dict[str, jax.Array]) -> Any:
-            result = f(shared | m)
+        def step(sums: dict[str, jax.Array], i: jax.Array) -> Any:
+            mine = {
+                name: lax.dynamic_index_in_dim(a, i, keepdims=False)
+                for name, a in mapped.items()
+            }
+            result = f(shared | mine)
             sums = {name: total + result.pop(name) for name, total in sums.items()}
             return sums, result
 
@@ -311,7 +343,7 @@ def _for_each_entry(
         zeros = {
             name: jnp.zeros(shapes[name].shape, shapes[name].dtype) for name in summed
         }
-        sums, stacked = lax.scan(step, zeros, mapped, length=size)
+        sums, stacked = scan(step, zeros, size)
         return stacked | {name: total[None] for name, total in sums.items()}
 
     def summed(axis: int, size: int) -> set[str]:

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_flash2._spec import AttentionSpec, Operands
+from jax_flash2._spec import AttentionSpec, Operands, joint
 
 # Operands, results and attributes of a target are a contract with compiled programs
 # that outlive this process; whoever changes them raises the version, in handlers.cc too.
@@ -195,13 +195,19 @@ def forward_lack(spec: AttentionSpec, x: Operands) -> str | None:
     """What of this call the forward kernels cannot do, as a sentence, or None."""
     dtype = jnp.dtype(x.query.dtype).name
     head_dim = max(x.query.shape[-1], x.value.shape[-1])
-    length = max(x.query.shape[-3], x.key.shape[-3])
+    lengths = x.query.shape[-3], x.key.shape[-3]
     if dtype not in ("float16", "bfloat16"):
         return f"the CUDA kernels take float16 and bfloat16; got {dtype}"
     if head_dim > _MAX_HEAD_DIM:
         return f"the CUDA kernels take head_dim up to {_MAX_HEAD_DIM}; got {head_dim}"
-    if length > _MAX_POSITION:
-        return f"the CUDA kernels take lengths up to {_MAX_POSITION}; got {length}"
+    for length in lengths:
+        if not isinstance(length, int):
+            return (
+                "the CUDA kernels take a symbolic batch (jax.export) and no symbolic "
+                f"length; got {length}"
+            )
+        if length > _MAX_POSITION:
+            return f"the CUDA kernels take lengths up to {_MAX_POSITION}; got {length}"
     for name in ("bias", "mask"):
         if getattr(x, name) is not None:
             return f"the CUDA kernels take no dense {name}"
@@ -296,14 +302,19 @@ def backward(
     return found
 
 
-def _workspace_bytes(*facts: int) -> int:
+def _workspace_bytes(batch: Any, heads: int, length: int, head_dim: int) -> Any:
+    """What the backward needs, or for a symbolic batch a little more."""
     assert _module is not None  # `unavailable` has said so
-    return _module.backward_workspace_bytes(*facts)
+    known = isinstance(batch, int)
+    size = _module.backward_workspace_bytes(
+        batch if known else 1, heads, length, head_dim
+    )
+    return size if known else batch * size
 
 
 def _query_shape(x: Operands) -> tuple[int, int, int, int]:
     """Query's, with the batch of the call."""
-    return (max(a.shape[0] for a in x if a is not None), *x.query.shape[1:])
+    return (joint(a.shape[0] for a in x if a is not None), *x.query.shape[1:])
 
 
 def _sides(x: Operands, dtypes: dict[str, Any]) -> dict[str, jax.Array]:

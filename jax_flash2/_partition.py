@@ -40,7 +40,7 @@ from jax.sharding import PartitionSpec as P
 from jax_flash2 import _compat, _ring
 from jax_flash2._passes import Pass
 from jax_flash2._sequence import Part, Ring
-from jax_flash2._spec import AttentionSpec
+from jax_flash2._spec import AttentionSpec, joint
 
 # One entry of a spec: the mesh axes that split an array's axis.
 Split = tuple[str, ...]
@@ -146,7 +146,7 @@ def layout(
 
     batch = []
     for i in range(query.batch_axes):
-        size = max(a.shape[i] for a in arrays)
+        size = joint(a.shape[i] for a in arrays)
         batch.append(choose(i, size, lambda a, i=i: i))
     heads, kv_heads = query.shape[-2], key.shape[-2]
     split = choose("heads", heads, axis_of("h"))
@@ -354,11 +354,11 @@ def _sharding_rule(call: Call) -> SdyShardingRule:
     An axis of size 1 that broadcasts gets a factor of its own.
     """
     query = call.operands[0]
-    batch = [max(a.shape[i] for a in call.operands) for i in range(query.batch_axes)]
+    batch = [joint(a.shape[i] for a in call.operands) for i in range(query.batch_axes)]
     sizes = {f"b{i}": n for i, n in enumerate(batch)}
     for a in call.operands:
         for letter, n in zip(a.axes, a.shape[a.batch_axes :], strict=True):
-            sizes[letter] = max(n, sizes.get(letter, 1))
+            sizes[letter] = joint((sizes.get(letter, 1), n))
     fresh: list[str] = []
 
     def mapping(a: Array) -> ArrayMapping:

@@ -27,7 +27,14 @@ from jax.interpreters import batching
 
 from jax_flash2 import _compat, _partition, _passes
 from jax_flash2._passes import Named, Pass, Platform, zero_past
-from jax_flash2._spec import AttentionSpec, Operands, accumulator, axes_of, base_name
+from jax_flash2._spec import (
+    AttentionSpec,
+    Operands,
+    accumulator,
+    axes_of,
+    base_name,
+    joint,
+)
 
 Shape = tuple[int, ...]
 
@@ -86,10 +93,7 @@ def _batch_shape(present: tuple[str, ...], arrays: Sequence[Any]) -> Shape:
         a.shape[: len(a.shape) - len(axes_of(name))]
         for name, a in zip(present, arrays, strict=True)
     ]
-    # Sizes are one number or 1, so the number wins also where it is 0.
-    return tuple(
-        next((n for n in sizes if n != 1), 1) for sizes in zip(*shapes, strict=True)
-    )
+    return tuple(joint(sizes) for sizes in zip(*shapes, strict=True))
 
 
 # --------------------------------------------------------------------- abstract evaluation

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -112,6 +113,12 @@ def axes_of(name: str) -> str:
     """The axes after the batch axes of an operand, a result or a tangent of one."""
     base = base_name(name)
     return RESULT_AXES[base] if base in RESULT_AXES else getattr(AXES, base)
+
+
+def joint(sizes: Iterable[Any]) -> Any:
+    """The size of an axis along which some arrays broadcast: the one that is not 1, be it
+    0 or a symbol of `jax.export`, which has no maximum with a number."""
+    return next((n for n in sizes if n != 1), 1)
 
 
 def accumulator(dtype: Any) -> Any:
@@ -224,6 +231,8 @@ def check_integers(
     )
     if isinstance(x, np.ndarray | np.integer):
         low, high = bounds or (-_INT32_MAX - 1, _INT32_MAX)
+        if not isinstance(high, int):  # a symbol of jax.export, known when it runs
+            high = _INT32_MAX
         flat = np.atleast_1d(x)
         bad = flat[(flat < low) | (flat > high)]
         require(

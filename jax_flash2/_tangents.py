@@ -127,7 +127,7 @@ def _entry(
         values = values - logits[..., None] * out
         return values.astype(x.query.dtype), logits
 
-    out, lse = lax.map(query_block, sizes.each_q_block)
+    out, lse = _entries.stack(query_block, sizes.q_blocks)
     return {"out": join_blocks(out, 1), "lse": join_blocks(lse, 1)}
 
 

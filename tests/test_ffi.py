@@ -5,6 +5,7 @@ import re
 import types
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import pytest
 
@@ -270,3 +271,13 @@ def test_backward_lacks_what_the_forward_lacks_but_for_the_largest_logit():
     assert _ffi.backward_lack(spec, operands(), ()) is None
     spec = AttentionSpec(dropout_rate=0.5)
     assert "dropout" in _ffi.backward_lack(spec, operands(), ())
+
+
+@needs_module
+@pytest.mark.parametrize("batch", [1, 2, 3, 7])
+def test_workspace_of_a_symbolic_batch_is_enough(batch):
+    (symbol,) = jax.export.symbolic_shape("batch")
+    size = _ffi._workspace_bytes(symbol, 5, 129, 72)
+    for_one = _ffi._workspace_bytes(1, 5, 129, 72)
+    assert size == symbol * for_one
+    assert batch * for_one >= _ffi._workspace_bytes(batch, 5, 129, 72)
