@@ -1,21 +1,18 @@
 """Entries: how a call is cut into the pieces that the blockwise code runs one by one.
 
 An *entry* is one batch entry and one key head with the G query heads that share it
-(grouped-query attention): Q is ``(G, l, d)``, K and V are ``(s, d)``. Entries run one
-after the other on a CPU, where a block should stay in the cache, and together under vmap
-elsewhere. Blocks that `_mask.key_blocks` excludes are not visited.
+(grouped-query attention): Q is ``(G, l, d)``, K and V are ``(s, d)``. `_loops` runs them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jax_flash2 import _dropout, _mask
+from jax_flash2 import _dropout
 from jax_flash2._spec import AttentionSpec, Operands, base_name, joint
 
 BLOCK = 256
@@ -190,169 +187,3 @@ def _pad(x: jax.Array, axis: int, block: int, value: Any = 0) -> jax.Array:
     if value is None:
         return jnp.pad(x, widths, mode="edge")
     return jnp.pad(x, widths, constant_values=value)
-
-
-def join_blocks(x: jax.Array, axis: int) -> jax.Array:
-    """``(blocks, ..., block, ...)`` to ``(..., blocks * block, ...)``."""
-    x = jnp.moveaxis(x, 0, axis)
-    return x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
-
-
-def _blocks(
-    spec: AttentionSpec, sizes: Sizes, x: Operands, batch_axes: int
-) -> tuple[jax.Array, jax.Array]:
-    lengths, blocks = sizes[3:5], sizes[5:7]
-    return _mask.key_blocks(spec, x, batch_axes, lengths, blocks)
-
-
-def _shared_blocks(
-    spec: AttentionSpec, sizes: Sizes, entries: dict[str, jax.Array]
-) -> tuple[jax.Array, jax.Array]:
-    """The key blocks that any entry's query block sees: one loop serves all entries."""
-    facts = {n: a[:, 0] for n, a in entries.items() if ENTRY_AXES.get(n) in ("", "r")}
-    first, end = _blocks(spec, sizes, Operands(**facts), 1)
-    first = jnp.where(first < end, first, sizes.kv_blocks).min(0)
-    end = end.max(0)
-    return jnp.minimum(first, end), end
-
-
-def skipping(
-    sizes: Sizes,
-    x: Operands,
-    blocks: Callable[[jax.Array], tuple[jax.Array, jax.Array]],
-    step: Callable[[jax.Array, Any], Any],
-) -> Callable[[jax.Array, Any], Any]:
-    """``step``, but for blocks whose segment ids cannot meet, which change nothing."""
-    if x.query_segment_ids is None:
-        return step
-
-    def visit(index: jax.Array, state: Any) -> Any:
-        i, j = blocks(index)
-        query_ids, key_ids = x.query_segment_ids, x.key_value_segment_ids
-        if query_ids.shape[0] != 1:
-            query_ids = block(query_ids, 0, i, sizes.q_block)
-        if key_ids.shape[0] != 1:
-            key_ids = block(key_ids, 0, j, sizes.kv_block)
-        meet = _mask.blocks_meet(query_ids, key_ids)
-        return lax.cond(meet, lambda s: step(index, s), lambda s: s, state)
-
-    return visit
-
-
-def seeing(
-    sizes: Sizes, first: jax.Array, end: jax.Array, j: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """First and one past the last query block that sees key block ``j``.
-
-    A range, as the ranges that query blocks see are monotonic; with per-entry facts that
-    are not, a range around them.
-    """
-    sees = (first <= j) & (j < end)
-    begin = lax.argmax(sees, 0, jnp.int32)
-    stop = sizes.q_blocks - lax.argmax(sees[::-1], 0, jnp.int32)
-    return begin, jnp.where(sees.any(), stop, 0)
-
-
-def scan(step: Callable[[Any, jax.Array], Any], state: Any, count: Any) -> Any:
-    """`lax.scan` over the indices below ``count``.
-
-    Which may be a symbol of `jax.export`: `lax.scan` knows only numbers.
-    """
-    if isinstance(count, int):
-        return lax.scan(step, state, jnp.arange(count, dtype=jnp.int32))
-    index = jnp.zeros((), jnp.int32)
-    _, shapes = jax.eval_shape(step, state, index)
-    stacked = jax.tree.map(lambda y: jnp.zeros((count, *y.shape), y.dtype), shapes)
-
-    def body(i: jax.Array, carry: Any) -> Any:
-        state, stacked = carry
-        state, result = step(state, i)
-        stacked = jax.tree.map(
-            lambda all_, one: lax.dynamic_update_index_in_dim(all_, one, i, 0),
-            stacked,
-            result,
-        )
-        return state, stacked
-
-    end = lax.convert_element_type(count, jnp.int32)
-    return lax.fori_loop(index, end, body, (state, stacked))
-
-
-def stack(f: Callable[[jax.Array], Any], count: Any) -> Any:
-    """The results of ``f`` for each index below ``count``, one after the other."""
-    return scan(lambda state, i: (state, f(i)), (), count)[1]
-
-
-Rows = dict[str, jax.Array]
-
-
-def run(
-    spec: AttentionSpec,
-    sizes: Sizes,
-    entries: dict[str, jax.Array],
-    entry: Callable[[Operands, Rows, jax.Array, jax.Array], dict[str, jax.Array]],
-    *,
-    sequential: bool,
-    wrt: tuple[str, ...] = (),
-) -> dict[str, jax.Array]:
-    """Runs ``entry`` on every entry; results get the leading axes ``(B, kv heads)``.
-
-    Args:
-      entry: takes an entry's operands, its other arrays by name, and the first and one
-        past the last key block that each query block visits.
-      sequential: entries one after the other, or together.
-      wrt: results that keep the leading axes of the operand of that name: entries that
-        share the operand are summed as they come, never stacked.
-    """
-    shared = None if sequential else _shared_blocks(spec, sizes, entries)
-
-    def one(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        x = Operands(**{n: a for n, a in arrays.items() if n in ENTRY_AXES})
-        others = {n: a for n, a in arrays.items() if n not in ENTRY_AXES}
-        first, end = shared or _blocks(spec, sizes, x, 0)
-        return entry(x, others, first, end)
-
-    return _for_each_entry(one, sizes, entries, sequential, wrt)
-
-
-def _for_each_entry(
-    entry: Callable[[dict[str, jax.Array]], dict[str, jax.Array]],
-    sizes: Sizes,
-    arrays: dict[str, jax.Array],
-    sequential: bool,
-    wrt: tuple[str, ...] = (),
-) -> dict[str, jax.Array]:
-    def each(f: Any, arrays: dict[str, jax.Array], size: int, summed: set[str]) -> Any:
-        shared = {name: a[0] for name, a in arrays.items() if a.shape[0] != size}
-        mapped = {name: a for name, a in arrays.items() if a.shape[0] == size}
-        if not sequential and not summed:
-            return jax.vmap(lambda m: f(shared | m))(mapped)
-
-        def step(sums: dict[str, jax.Array], i: jax.Array) -> Any:
-            mine = {
-                name: lax.dynamic_index_in_dim(a, i, keepdims=False)
-                for name, a in mapped.items()
-            }
-            result = f(shared | mine)
-            sums = {name: total + result.pop(name) for name, total in sums.items()}
-            return sums, result
-
-        shapes = jax.eval_shape(
-            lambda m: f(shared | m), {n: a[0] for n, a in mapped.items()}
-        )
-        zeros = {
-            name: jnp.zeros(shapes[name].shape, shapes[name].dtype) for name in summed
-        }
-        sums, stacked = scan(step, zeros, size)
-        return stacked | {name: total[None] for name, total in sums.items()}
-
-    def summed(axis: int, size: int) -> set[str]:
-        return {name for name in wrt if arrays[name].shape[axis] != size}
-
-    over_heads = summed(1, sizes.kv_heads)
-    over_batch = summed(0, sizes.batch)
-
-    def batch_entry(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        return each(entry, arrays, sizes.kv_heads, over_heads)
-
-    return each(batch_entry, arrays, sizes.batch, over_batch)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_flash2 import _spec
+from jax_flash2 import _checks
 from jax_flash2._attention_fn import attention_fn, refuse_when_decoding
 from jax_flash2._cache import KeyValueCache
 from jax_flash2._context import ContextParallel
@@ -146,7 +146,7 @@ class AttentionOptions:
         batch, new = query.shape[:-3], query.shape[-3]
         parallel = self.context_parallel
         tokens = new if parallel is None else parallel.tokens(new)
-        query_seq_lengths = _spec.check_integers(
+        query_seq_lengths = _checks.check_integers(
             "query_seq_lengths", query_seq_lengths, batch, "(batch...)", (0, tokens)
         )
         starts = fits = None
@@ -234,7 +234,7 @@ class AttentionOptions:
         the cache's length."""
         shape = x.shape[:-2]
         if positions is not None:
-            positions = _spec.check_integers(
+            positions = _checks.check_integers(
                 name, positions, shape, "(batch..., length)"
             )
             return jnp.broadcast_to(positions, shape)

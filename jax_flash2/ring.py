@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_flash2 import _arguments, _autodiff, _exchange, _spec
+from jax_flash2 import _arguments, _autodiff, _checks, _exchange
 from jax_flash2._sequence import Part, Ring
 from jax_flash2._spec import AttentionSpec, Operands
 
@@ -123,7 +123,7 @@ def attend(
     _require(
         x.query.shape[-2] % ways == 0,
         f"query's heads must be a multiple of the {ways} devices of exchange_axis_name="
-        f"{exchange_axes}; got {_spec.describe(x.query)}",
+        f"{exchange_axes}; got {_checks.describe(x.query)}",
     )
     if ways > 1:
         x = _exchange.to_heads(x, exchange_axes, ways)
@@ -201,7 +201,7 @@ def _reorder(x: jax.Array, devices: int, axis: int, order: list[int]) -> jax.Arr
     if length % (2 * devices):
         raise ValueError(
             f"zigzag: the length must be a multiple of 2 * devices = {2 * devices}; got "
-            f"{length}, axis {axis} of {_spec.describe(x)}"
+            f"{length}, axis {axis} of {_checks.describe(x)}"
         )
     chunks = jnp.split(x, 2 * devices, axis)
     return jnp.concatenate([chunks[c] for c in order], axis)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_flash2 import _spec, flash_attention
+from jax_flash2 import _checks, flash_attention
 
 Q, K = (2, 5, 4, 8), (2, 7, 2, 8)
 
@@ -224,7 +224,7 @@ def test_float64_is_refused_but_for_the_implementations_that_take_it(implementat
 
 def rules():
     """Line numbers of every call of ``require`` in the module of rules."""
-    path = pathlib.Path(inspect.getsourcefile(_spec))
+    path = pathlib.Path(inspect.getsourcefile(_checks))
     return {
         node.lineno
         for node in ast.walk(ast.parse(path.read_text()))

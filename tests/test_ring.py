@@ -21,8 +21,8 @@ import jax_flash2.linen
 from jax_flash2 import (
     ContextParallel,
     Flash2Attention,
+    _layout,
     _mask,
-    _partition,
     _primitives,
     _ring,
     flash_attention,
@@ -491,7 +491,7 @@ def test_lengths_sharded_apart_are_gathered_with_one_warning(kind: Any) -> None:
     mesh = make_mesh({"a": 2, "b": 4}, kind)
     q, k, v = arrays()
     want = flash_attention(q, k, v)
-    _partition._warned.clear()
+    _layout._warned.clear()
     with jax.set_mesh(mesh):
         by_a, by_b = (NamedSharding(mesh, P(None, axis)) for axis in "ab")
         placed = [jax.device_put(a, s) for a, s in ((q, by_a), (k, by_b), (v, by_b))]
