@@ -97,7 +97,12 @@ def settle(
         key_value_seq_lengths=integers(
             "key_value_seq_lengths", key_value_seq_lengths, (0, kv_tokens)
         ),
-        query_offset=integers("query_offset", query_offset),
+        # The last row's position is an int32, too, and so is the one after it.
+        query_offset=integers(
+            "query_offset",
+            query_offset,
+            (-_checks.INT32_MAX - 1, _checks.INT32_MAX - q_tokens),
+        ),
         prefix_lengths=integers("prefix_lengths", prefix_lengths, (0, kv_tokens)),
         query_segment_ids=query_ids,
         key_value_segment_ids=key_ids,

@@ -91,7 +91,7 @@ def _forward_entry(
         out = o / (divisor * jnp.asarray(1 - spec.dropout_rate, dtype))[..., None]
         return out.astype(x.query.dtype), lse, largest
 
-    out, lse, largest = _loops.stack(query_block, sizes.q_blocks)
+    out, lse, largest = _loops.map_blocks(query_block, sizes.q_blocks)
     return {
         "out": join_blocks(out, 1),
         "lse": join_blocks(lse, 1),
@@ -194,6 +194,6 @@ def _backward_entry(
         return state, (dk.T.astype(x.key.dtype), dv.T.astype(x.value.dtype))
 
     state = {name: jnp.zeros(getattr(x, name).shape, dtype) for name in ("query", *wrt)}
-    grads, (dk, dv) = _loops.scan(key_block, state, sizes.kv_blocks)
+    grads, (dk, dv) = _loops.scan_blocks(key_block, state, sizes.kv_blocks)
     grads["query"] = grads["query"].astype(x.query.dtype)
     return grads | {"key": join_blocks(dk, 0), "value": join_blocks(dv, 0)}

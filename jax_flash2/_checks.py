@@ -15,7 +15,7 @@ import numpy as np
 
 IMPLEMENTATIONS = (None, "cuda", "cuda_sm80", "blockwise", "reference")
 KERNEL_DTYPES = ("float16", "bfloat16", "float32")
-_INT32_MAX = 2**31 - 1
+INT32_MAX = 2**31 - 1
 
 
 def require(condition: bool | np.bool_, message: str) -> None:
@@ -27,7 +27,7 @@ def describe(x: Any) -> str:
     return f"{jnp.dtype(x.dtype).name}{list(x.shape)}"
 
 
-def _is_static_int(x: Any) -> bool:
+def is_static_int(x: Any) -> bool:
     return isinstance(x, (int, np.integer)) and not isinstance(x, bool)
 
 
@@ -65,6 +65,11 @@ def check_arrays(query: Any, key: Any, value: Any, implementation: str | None) -
             f"'reference'; got {describe(query)} with {implementation=}",
         )
     require(
+        name != "float64" or jax.dtypes.canonicalize_dtype(query.dtype) == query.dtype,
+        "query may be float64 only where jax_enable_x64 is True, else it becomes "
+        f"float32; got {describe(query)}",
+    )
+    require(
         name in dtypes,
         f"query must be one of {', '.join(dtypes)}; got {describe(query)}",
     )
@@ -101,6 +106,15 @@ def _broadcastable(name: str, x: Any, shape: tuple[int, ...], meaning: str) -> A
     return jnp.expand_dims(x, tuple(range(missing)))
 
 
+def _array_of(numbers: Any) -> Any:
+    """As an array, or what was given where that is ragged or traced."""
+    try:
+        x = np.asarray(numbers)
+    except (TypeError, ValueError):
+        return numbers
+    return x if x.size else x.astype(np.int32)
+
+
 def check_integers(
     name: str,
     x: Any,
@@ -114,17 +128,17 @@ def check_integers(
     """
     if x is None:
         return None
-    if _is_static_int(x) or isinstance(x, (list, tuple)):
-        x = np.asarray(x)
+    if is_static_int(x) or isinstance(x, (list, tuple)):
+        x = _array_of(x)
     require(
         hasattr(x, "shape") and jnp.issubdtype(x.dtype, jnp.integer),
         f"{name} must be an int or an integer array; got "
         f"{describe(x) if hasattr(x, 'dtype') else repr(x)}",
     )
     if isinstance(x, np.ndarray | np.integer):
-        low, high = bounds or (-_INT32_MAX - 1, _INT32_MAX)
+        low, high = bounds or (-INT32_MAX - 1, INT32_MAX)
         if not isinstance(high, int):  # a symbol of jax.export, known when it runs
-            high = _INT32_MAX
+            high = INT32_MAX
         flat = np.atleast_1d(x)
         bad = flat[(flat < low) | (flat > high)]
         require(
@@ -179,16 +193,16 @@ def check_scale(scale: Any, head_dim: int) -> tuple[float | None, Any]:
 def check_window(window: Any) -> tuple[int | None, int | None]:
     if window is None:
         return None, None
-    sides = (window, window) if _is_static_int(window) else window
+    sides = (window, window) if is_static_int(window) else window
     rule = "local_window_size must be an int or a pair (left, right) of ints or None"
     require(
         isinstance(sides, (tuple, list)) and len(sides) == 2, f"{rule}; got {window!r}"
     )
     for side in sides:
-        require(side is None or _is_static_int(side), f"{rule}; got {window!r}")
+        require(side is None or is_static_int(side), f"{rule}; got {window!r}")
         require(
-            side is None or 0 <= side <= _INT32_MAX,
-            f"local_window_size must lie in [0, {_INT32_MAX}]; got {window!r}",
+            side is None or 0 <= side <= INT32_MAX,
+            f"local_window_size must lie in [0, {INT32_MAX}]; got {window!r}",
         )
     left, right = (None if side is None else int(side) for side in sides)
     return left, right
@@ -216,8 +230,9 @@ def check_static(
             isinstance(flag, (bool, np.bool_)), f"{name} must be a bool; got {flag!r}"
         )
     require(
-        chunk_size is None or (_is_static_int(chunk_size) and chunk_size > 0),
-        f"chunk_size must be a positive int; got {chunk_size!r}",
+        chunk_size is None
+        or (is_static_int(chunk_size) and 0 < chunk_size <= INT32_MAX),
+        f"chunk_size must be an int in [1, {INT32_MAX}]; got {chunk_size!r}",
     )
     number = (int, float, np.floating, np.integer)
     require(
@@ -252,10 +267,17 @@ def check_key(dropout_key: Any) -> None:
     typed = hasattr(dropout_key, "dtype") and jnp.issubdtype(
         dropout_key.dtype, jax.dtypes.prng_key
     )
+    one = typed and dropout_key.shape == ()
+    if legacy and dropout_key.ndim == 1:
+        try:
+            one = jax.random.wrap_key_data(dropout_key).shape == ()
+        except TypeError:  # not as many words as keys of the default kind have
+            one = False
+    got = f"{dropout_key.dtype}{list(dropout_key.shape)}" if legacy or typed else None
     require(
-        (typed and dropout_key.shape == ()) or (legacy and dropout_key.ndim == 1),
+        one,
         "dropout_key must be one key of jax.random.key or jax.random.PRNGKey; got "
-        f"{describe(dropout_key) if legacy else repr(dropout_key)}",
+        f"{got or repr(dropout_key)}",
     )
 
 

@@ -62,22 +62,18 @@ def _for_each_entry(
         if not sequential and not summed:
             return jax.vmap(lambda m: f(shared | m))(mapped)
 
-        def step(sums: dict[str, jax.Array], i: jax.Array) -> Any:
-            mine = {
-                name: lax.dynamic_index_in_dim(a, i, keepdims=False)
-                for name, a in mapped.items()
-            }
-            result = f(shared | mine)
+        def step(sums: dict[str, jax.Array], m: dict[str, jax.Array]) -> Any:
+            result = f(shared | m)
             sums = {name: total + result.pop(name) for name, total in sums.items()}
             return sums, result
 
-        shapes = jax.eval_shape(
-            lambda m: f(shared | m), {n: a[0] for n, a in mapped.items()}
-        )
-        zeros = {
-            name: jnp.zeros(shapes[name].shape, shapes[name].dtype) for name in summed
-        }
-        sums, stacked = scan(step, zeros, size)
+        zeros = {}
+        if summed:
+            first = {name: a[0] for name, a in mapped.items()}
+            shapes = jax.eval_shape(lambda m: f(shared | m), first)
+            for name in summed:
+                zeros[name] = jnp.zeros(shapes[name].shape, shapes[name].dtype)
+        sums, stacked = scan(step, zeros, mapped, size)
         return stacked | {name: total[None] for name, total in sums.items()}
 
     def summed(axis: int, size: int) -> set[str]:
@@ -147,31 +143,39 @@ def seeing(
     return begin, jnp.where(sees.any(), stop, 0)
 
 
-def scan(step: Callable[[Any, jax.Array], Any], state: Any, count: Any) -> Any:
-    """`lax.scan` over the indices below ``count``, a number or a symbol of `jax.export`,
-    for which `lax.scan` has no loop."""
-    if isinstance(count, int):
-        return lax.scan(step, state, jnp.arange(count, dtype=jnp.int32))
-    index = jnp.zeros((), jnp.int32)
-    _, shapes = jax.eval_shape(step, state, index)
-    stacked = jax.tree.map(lambda y: jnp.zeros((count, *y.shape), y.dtype), shapes)
+def scan(
+    step: Callable[[Any, Any], Any], state: Any, each: Any, length: Any
+) -> tuple[Any, Any]:
+    """`lax.scan`, whose length may be a symbol of `jax.export`, for which JAX has none."""
+    if isinstance(length, int):
+        return lax.scan(step, state, each, length=length)
+
+    def one(arrays: Any, i: jax.Array) -> Any:
+        return jax.tree.map(lambda a: a[i], arrays)
+
+    first = jnp.zeros((), jnp.int32)
+    _, shapes = jax.eval_shape(lambda state, i: step(state, one(each, i)), state, first)
+    stacked = jax.tree.map(lambda y: jnp.zeros((length, *y.shape), y.dtype), shapes)
 
     def body(i: jax.Array, carry: Any) -> Any:
         state, stacked = carry
-        state, result = step(state, i)
+        state, result = step(state, one(each, i))
+        return state, jax.tree.map(lambda all_, y: all_.at[i].set(y), stacked, result)
 
-        def put(whole: jax.Array, one: jax.Array) -> jax.Array:
-            return lax.dynamic_update_index_in_dim(whole, one, i, 0)
-
-        return state, jax.tree.map(put, stacked, result)
-
-    end = lax.convert_element_type(count, jnp.int32)
-    return lax.fori_loop(index, end, body, (state, stacked))
+    end = lax.convert_element_type(length, jnp.int32)
+    return lax.fori_loop(first, end, body, (state, stacked))
 
 
-def stack(f: Callable[[jax.Array], Any], count: Any) -> Any:
-    """The results of ``f`` for each index below ``count``, one after the other."""
-    return scan(lambda state, i: (state, f(i)), (), count)[1]
+def scan_blocks(
+    step: Callable[[Any, jax.Array], Any], state: Any, count: Any
+) -> tuple[Any, Any]:
+    """`scan` over the indices of ``count`` blocks."""
+    return scan(step, state, jnp.arange(count, dtype=jnp.int32), count)
+
+
+def map_blocks(f: Callable[[jax.Array], Any], count: Any) -> Any:
+    """The results of ``f`` for the index of each of ``count`` blocks, stacked."""
+    return scan_blocks(lambda state, i: (state, f(i)), (), count)[1]
 
 
 def join_blocks(x: jax.Array, axis: int) -> jax.Array:

@@ -126,7 +126,7 @@ def _entry(
         return state, (dk.T.astype(x.key.dtype), dv.T.astype(x.value.dtype))
 
     state = {name: jnp.zeros(getattr(x, name).shape, dtype) for name in ("query", *wrt)}
-    grads, (dk, dv) = _loops.scan(key_block, state, sizes.kv_blocks)
+    grads, (dk, dv) = _loops.scan_blocks(key_block, state, sizes.kv_blocks)
     grads["query"] = grads["query"].astype(x.query.dtype)
     return grads | {"key": join_blocks(dk, 0), "value": join_blocks(dv, 0)}
 

@@ -128,7 +128,7 @@ def _entry(
         values = values - logits[..., None] * out
         return values.astype(x.query.dtype), logits
 
-    out, lse = _loops.stack(query_block, sizes.q_blocks)
+    out, lse = _loops.map_blocks(query_block, sizes.q_blocks)
     return {"out": join_blocks(out, 1), "lse": join_blocks(lse, 1)}
 
 
