@@ -79,7 +79,7 @@ def settle(
     q_tokens, kv_tokens = q_length * devices, kv_length * devices
     scores = (*batch, heads, q_length, kv_tokens)
     meaning = "(batch..., heads, query length, key length)"
-    if isinstance(query_offset, int) and query_offset == 0:
+    if _checks.is_static_int(query_offset) and query_offset == 0:
         query_offset = None
     query_ids, key_ids = _checks.check_segments(
         query_segment_ids, key_value_segment_ids, batch, q_length, kv_length

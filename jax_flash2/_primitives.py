@@ -147,13 +147,9 @@ def _lower_over_mesh(pass_: Pass, inner: Primitive) -> Any:
 
     def rule(ctx: Any, *operands: Any, **params: Any) -> Any:
         _compat.restore_stacks()
-        if _compat.without_shardy(ctx):
-            raise ValueError(
-                "flash_attention: on several devices jax_use_shardy_partitioner must be "
-                "True, as it is by default; got False"
-            )
         avals = ctx.avals_in
         mesh = avals[0].sharding.mesh
+        _check_devices(ctx, avals, mesh)
         # Axes that XLA assigns inside a region where others are manual or explicit.
         left_over = bool(mesh.auto_axes and (mesh.manual_axes or mesh.explicit_axes))
         spec, present, wrt = params["spec"], params["present"], params["wrt"]
@@ -176,6 +172,31 @@ def _lower_over_mesh(pass_: Pass, inner: Primitive) -> Any:
         return _compat.lower_plain(_partition.partitioned(call), ctx, *operands)
 
     return rule
+
+
+def _check_devices(ctx: Any, avals: Sequence[Any], mesh: Any) -> None:
+    """Refuses what JAX has only for one device."""
+    several = _compat.over_devices(ctx)
+    if several and not jax.config.jax_use_shardy_partitioner:
+        raise ValueError(
+            "flash_attention: on several devices jax_use_shardy_partitioner must be "
+            "True, as it is by default; got False"
+        )
+    if not _compat.for_export(ctx):
+        return
+    if several and not mesh.explicit_axes:
+        raise NotImplementedError(
+            "flash_attention: jax.export for several devices needs Explicit mesh axes or "
+            "a jax.shard_map around the call, since how XLA splits it over Auto axes is "
+            f"asked of this process; got mesh axes {mesh.axis_types}"
+        )
+    symbols = [n for a in avals for n in a.shape if not isinstance(n, int)]
+    if symbols and mesh.size > 1:
+        raise NotImplementedError(
+            "flash_attention: jax.export has symbolic shapes for one device only, since "
+            f"JAX cannot make them static in a jax.shard_map; got {symbols[0]} on a mesh "
+            f"of {mesh.size} devices"
+        )
 
 
 # --------------------------------------------------------------------------------- vmap

@@ -13,6 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import export
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import jax_flash2
 from cases import Case
@@ -73,7 +75,10 @@ def test_one_program_for_two_platforms():
 
 # What a symbolic shape can meet: entries summed apart, facts of a batch entry, loops over
 # blocks that masks bound, and rows and columns past the last whole block.
-MANY = ("prefix", "offset", "key_lengths", "bias_of_heads", "alibi", "sinks", "dropout")
+MANY = (
+    *("prefix", "offset", "window", "chunk", "key_lengths"),
+    *("bias_of_heads", "alibi", "sinks", "dropout"),
+)
 
 
 def symbolic(inputs, batch, length):
@@ -194,6 +199,31 @@ def test_kernels_take_no_symbolic_length_and_say_so(monkeypatch):
         kernels_of("2, length", "cuda")
     with pytest.warns(UserWarning, match=message):
         assert kernels_of("batch, length", None) == []
+
+
+def exported_over(kind, batch):
+    """A call on four devices, exported; with the array it was exported for."""
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(kind,), devices=jax.devices()[:4])
+    at = NamedSharding(mesh, P("data"))
+    with jax.set_mesh(mesh):
+        type_of = jax.ShapeDtypeStruct((batch, 16, 2, 8), jnp.float32, sharding=at)
+        run = jax.jit(lambda x: flash_attention(x, x, x, is_causal=True))
+        data = export.export(run)(type_of).serialize()
+        x = jax.device_put(jax.random.normal(jax.random.key(0), (4, 16, 2, 8)), at)
+        return jax.jit(export.deserialize(data).call)(x), run(x)
+
+
+def test_export_for_several_devices():
+    assert_bitwise_equal(*exported_over(AxisType.Explicit, 4))
+
+
+def test_export_for_several_devices_refuses_what_would_not_come_back():
+    """XLA's compiler went down with a symbolic shape, JAX with a Python callback."""
+    with pytest.raises(NotImplementedError, match=r"Explicit mesh axes .* got .*Auto"):
+        exported_over(AxisType.Auto, 4)
+    (batch,) = export.symbolic_shape("batch", constraints=["mod(batch, 4) == 0"])
+    with pytest.raises(NotImplementedError, match=r"one device only.* got batch on"):
+        exported_over(AxisType.Explicit, batch)
 
 
 CACHED = """

@@ -143,6 +143,7 @@ REJECTS = [
     ({"query_seq_lengths": 2.0},
      "query_seq_lengths must be an int or an integer array; got 2.0"),
     ({"query_offset": True}, "query_offset must be an int or an integer array; got True"),
+    ({"query_offset": False}, "query_offset must be an int or an integer array; got False"),
     ({"query_seq_lengths": [6, 5]}, "query_seq_lengths must lie in [0, 5]; got [6]"),
     ({"query_seq_lengths": np.int8([-1, 5])}, "query_seq_lengths must lie in [0, 5]; got [-1]"),
     ({"key_value_seq_lengths": np.int64([7, 8])},
