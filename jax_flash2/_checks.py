@@ -43,6 +43,11 @@ def check_arrays(query: Any, key: Any, value: Any, implementation: str | None) -
             f"{name} must have shape (batch..., length, heads, head_dim); "
             f"got {describe(x)}",
         )
+        require(
+            all(isinstance(n, int) for n in x.shape[-2:]),
+            f"{name} must have heads and head_dim that are numbers (batch and length may "
+            f"be symbolic); got {describe(x)}",
+        )
     for name, x in (("key", key), ("value", value)):
         require(
             x.dtype == query.dtype,

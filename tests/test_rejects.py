@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import export
 
 from jax_flash2 import _checks, flash_attention
 
@@ -35,6 +36,12 @@ REJECTS = [
      "got float32[8]"),
     ({"value": a()}, "value must have shape (batch..., length, heads, head_dim); "
      "got float32[]"),
+    *(
+        ({name: jax.ShapeDtypeStruct(export.symbolic_shape(shape), jnp.float32)},
+         f"{name} must have heads and head_dim that are numbers (batch and length may be "
+         f"symbolic); got float32[{shape}]")
+        for name, shape in (("query", "2, 5, h, 8"), ("key", "2, 7, 2, d"))
+    ),
     ({"key": a(*K, dtype="bfloat16")},
      "key must have query's dtype, float32; got bfloat16[2, 7, 2, 8]"),
     ({"value": a(*K, dtype="float16")},
