@@ -13,7 +13,7 @@
 
 namespace flash2 {
 
-// The static facts of a call, by the names of jax_flash2/_ffi.py.
+// The static facts of a call, by the names of jax_flash2/_kernels.py.
 struct Attributes {
   std::string_view operands;  // names of the optional operands in their order, comma-separated
   float scale;                // a factor of the operand, where there is one

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jax_flash2 import _dropout, _spec
+from jax_flash2 import _checks, _dropout
 from jax_flash2._spec import AttentionSpec, Operands
 
 
@@ -47,7 +47,7 @@ def settle(
       devices: on how many a sequence lies, of which the arrays are one's part. Lengths
         and prefixes count the tokens of all, and dense arrays have all keys.
     """
-    _spec.check_static(
+    _checks.check_static(
         is_causal=is_causal,
         chunk_size=chunk_size,
         logits_soft_cap=logits_soft_cap,
@@ -61,27 +61,27 @@ def settle(
             "return_max_logit": return_max_logit,
         },
     )
-    _spec.check_arrays(query, key, value, implementation)
+    _checks.check_arrays(query, key, value, implementation)
     query, key, value = map(jnp.asarray, (query, key, value))
     *batch, q_length, heads, head_dim = query.shape
     batch, kv_length = tuple(batch), key.shape[-3]
-    static_scale, scale = _spec.check_scale(scale, head_dim)
+    static_scale, scale = _checks.check_scale(scale, head_dim)
     if dropout_rate:
-        _spec.check_key(dropout_key)
+        _checks.check_key(dropout_key)
 
     def integers(name: str, x: Any, bounds: tuple[int, int] | None = None) -> Any:
-        return _spec.check_integers(name, x, batch, "(batch...)", bounds)
+        return _checks.check_integers(name, x, batch, "(batch...)", bounds)
 
     def floats(name: str, x: Any) -> Any:
         shape, meaning = (*batch, heads), "(batch..., heads)"
-        return _spec.check_floats(name, x, query, shape, meaning)
+        return _checks.check_floats(name, x, query, shape, meaning)
 
     q_tokens, kv_tokens = q_length * devices, kv_length * devices
     scores = (*batch, heads, q_length, kv_tokens)
     meaning = "(batch..., heads, query length, key length)"
-    if isinstance(query_offset, int) and query_offset == 0:
+    if _checks.is_static_int(query_offset) and query_offset == 0:
         query_offset = None
-    query_ids, key_ids = _spec.check_segments(
+    query_ids, key_ids = _checks.check_segments(
         query_segment_ids, key_value_segment_ids, batch, q_length, kv_length
     )
     operands = Operands(
@@ -89,15 +89,20 @@ def settle(
         key=key,
         value=value,
         scale=None if scale is None else jnp.reshape(scale, (1,) * len(batch)),
-        bias=_spec.check_floats("bias", bias, query, scores, meaning),
-        mask=_spec.check_mask(mask, scores),
+        bias=_checks.check_floats("bias", bias, query, scores, meaning),
+        mask=_checks.check_mask(mask, scores),
         query_seq_lengths=integers(
             "query_seq_lengths", query_seq_lengths, (0, q_tokens)
         ),
         key_value_seq_lengths=integers(
             "key_value_seq_lengths", key_value_seq_lengths, (0, kv_tokens)
         ),
-        query_offset=integers("query_offset", query_offset),
+        # The last row's position is an int32, too, and so is the one after it.
+        query_offset=integers(
+            "query_offset",
+            query_offset,
+            (-_checks.INT32_MAX - 1, _checks.INT32_MAX - q_tokens),
+        ),
         prefix_lengths=integers("prefix_lengths", prefix_lengths, (0, kv_tokens)),
         query_segment_ids=query_ids,
         key_value_segment_ids=key_ids,
@@ -110,7 +115,7 @@ def settle(
     spec = AttentionSpec(
         scale=static_scale,
         is_causal=bool(is_causal),
-        window=_spec.check_window(local_window_size),
+        window=_checks.check_window(local_window_size),
         chunk_size=None if chunk_size is None else int(chunk_size),
         soft_cap=None if logits_soft_cap is None else float(logits_soft_cap),
         dropout_rate=float(dropout_rate),

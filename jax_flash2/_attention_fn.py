@@ -91,12 +91,21 @@ def attention_fn(
         key,
         value,
         bias,
-        None if mask is None else mask.astype(bool),
+        boolean_mask(mask),
         is_causal=is_causal,
         dropout_rate=rate,
         dropout_key=dropout_rng if rate else None,
         **options,
     )
+
+
+def boolean_mask(mask: Any) -> jax.Array | None:
+    """True where a mask, of bools or of numbers as flax makes them, is not 0."""
+    if mask is None:
+        return None
+    if not hasattr(mask, "astype"):
+        raise ValueError(f"mask must be an array; got {type(mask).__name__}")
+    return mask.astype(bool)
 
 
 def common_dtype(dtype: Any, *arrays: jax.Array) -> tuple[jax.Array, ...]:

@@ -17,8 +17,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jax_flash2 import _entries
-from jax_flash2._entries import Rows, Sizes, block, join_blocks, skipping
+from jax_flash2 import _entries, _loops
+from jax_flash2._entries import Sizes, block
+from jax_flash2._loops import Rows, join_blocks, skipping
 from jax_flash2._spec import AttentionSpec, Operands, accumulator
 from jax_flash2._tiles import add_tile, dot, kept, scale, scores, slope, sum_to, tile
 
@@ -42,7 +43,7 @@ def forward(
     def entry(x: Operands, _: Rows, first: jax.Array, end: jax.Array) -> Any:
         return _forward_entry(spec, sizes, x, first, end)
 
-    result = _entries.run(spec, sizes, entries, entry, sequential=sequential)
+    result = _loops.run(spec, sizes, entries, entry, sequential=sequential)
     out = jnp.swapaxes(_entries.rows(sizes, result["out"]), 1, 2)
     lse = _entries.rows(sizes, result["lse"])
     return out, lse, result["largest"].reshape(sizes.batch, -1)
@@ -90,7 +91,7 @@ def _forward_entry(
         out = o / (divisor * jnp.asarray(1 - spec.dropout_rate, dtype))[..., None]
         return out.astype(x.query.dtype), lse, largest
 
-    out, lse, largest = lax.map(query_block, sizes.each_q_block)
+    out, lse, largest = _loops.map_blocks(query_block, sizes.q_blocks)
     return {
         "out": join_blocks(out, 1),
         "lse": join_blocks(lse, 1),
@@ -130,7 +131,7 @@ def backward(
     def entry(x: Operands, rows: Rows, first: jax.Array, end: jax.Array) -> Any:
         return _backward_entry(spec, sizes, x, rows, first, end, wrt)
 
-    grads = _entries.run(spec, sizes, entries, entry, sequential=sequential, wrt=wrt)
+    grads = _loops.run(spec, sizes, entries, entry, sequential=sequential, wrt=wrt)
     return _entries.gradients(sizes, x, grads, wrt)
 
 
@@ -184,7 +185,7 @@ def _backward_entry(
             grads["query"] = lax.dynamic_update_slice_in_dim(dq, dq_i, i * q_block, 1)
             return dk, dv, grads
 
-        begin, stop = _entries.seeing(sizes, first, end, j)
+        begin, stop = _loops.seeing(sizes, first, end, j)
         # Transposed, because XLA's CPU products are twice as fast that way round.
         dk = jnp.zeros((x.key.shape[-1], sizes.kv_block), dtype)
         dv = jnp.zeros((x.value.shape[-1], sizes.kv_block), dtype)
@@ -193,6 +194,6 @@ def _backward_entry(
         return state, (dk.T.astype(x.key.dtype), dv.T.astype(x.value.dtype))
 
     state = {name: jnp.zeros(getattr(x, name).shape, dtype) for name in ("query", *wrt)}
-    grads, (dk, dv) = lax.scan(key_block, state, sizes.each_kv_block)
+    grads, (dk, dv) = _loops.scan_blocks(key_block, state, sizes.kv_blocks)
     grads["query"] = grads["query"].astype(x.query.dtype)
     return grads | {"key": join_blocks(dk, 0), "value": join_blocks(dv, 0)}

@@ -105,10 +105,14 @@ def restore_stacks() -> None:
         context.__exit__(None, None, None)
 
 
-def without_shardy(ctx: Any) -> bool:
-    """Whether a lowering for several devices goes to the partitioner before Shardy."""
-    devices = getattr(ctx.module_context.axis_context, "num_devices", 1)
-    return devices > 1 and not jax.config.jax_use_shardy_partitioner
+def over_devices(ctx: Any) -> bool:
+    """Whether a lowering is for several devices, outside of `jax.shard_map`."""
+    return getattr(ctx.module_context.axis_context, "num_devices", 1) > 1
+
+
+def for_export(ctx: Any) -> bool:
+    """Whether a lowering is `jax.export`'s."""
+    return ctx.module_context.lowering_parameters.for_export
 
 
 def result_type(

@@ -33,6 +33,9 @@ class ContextParallel:
       batch_axis_name: mesh axes that split the first batch axis.
       head_axis_name: mesh axes that split the heads.
       mesh: None is that of `jax.set_mesh`.
+
+    Raises:
+      ValueError: no name of a mesh axis, one that is named twice, or a mesh that is none.
     """
 
     axis_name: AxisName = ()
@@ -50,7 +53,8 @@ class ContextParallel:
             "batch_axis_name",
             "head_axis_name",
         ):
-            axes = ring.as_tuple(name, getattr(self, name))
+            axes = ring.as_tuple("context_parallel", name, getattr(self, name))
+            object.__setattr__(self, name, axes)  # hashable, also if it was a list
             twice = seen & set(axes)
             if twice:
                 raise ValueError(
@@ -58,22 +62,31 @@ class ContextParallel:
                     f"{sorted(twice)} again in {name}={axes}"
                 )
             seen |= set(axes)
+        if not isinstance(self.zigzag, bool):
+            raise ValueError(
+                f"context_parallel: zigzag must be a bool; got {self.zigzag!r}"
+            )
+        if self.mesh is not None and not isinstance(self.mesh, jax.sharding.Mesh):
+            raise ValueError(
+                "context_parallel: mesh must be None or a jax.sharding.Mesh; got "
+                f"{self.mesh!r}"
+            )
 
     @property
     def ring(self) -> tuple[str, ...]:
-        return ring.as_tuple("axis_name", self.axis_name)
+        return tuple(self.axis_name)
 
     @property
     def exchange(self) -> tuple[str, ...]:
-        return ring.as_tuple("exchange_axis_name", self.exchange_axis_name)
+        return tuple(self.exchange_axis_name)
 
     @property
     def batch(self) -> tuple[str, ...]:
-        return ring.as_tuple("batch_axis_name", self.batch_axis_name)
+        return tuple(self.batch_axis_name)
 
     @property
     def heads(self) -> tuple[str, ...]:
-        return ring.as_tuple("head_axis_name", self.head_axis_name)
+        return tuple(self.head_axis_name)
 
     @property
     def sequence(self) -> tuple[str, ...]:

@@ -1,22 +1,19 @@
 """Entries: how a call is cut into the pieces that the blockwise code runs one by one.
 
 An *entry* is one batch entry and one key head with the G query heads that share it
-(grouped-query attention): Q is ``(G, l, d)``, K and V are ``(s, d)``. Entries run one
-after the other on a CPU, where a block should stay in the cache, and together under vmap
-elsewhere. Blocks that `_mask.key_blocks` excludes are not visited.
+(grouped-query attention): Q is ``(G, l, d)``, K and V are ``(s, d)``. `_loops` runs them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jax_flash2 import _dropout, _mask
-from jax_flash2._spec import AttentionSpec, Operands, base_name
+from jax_flash2 import _dropout
+from jax_flash2._spec import AttentionSpec, Operands, base_name, joint
 
 BLOCK = 256
 # Blocks of a pass over query blocks: wide ones rescale the output half as often, narrow
@@ -63,14 +60,6 @@ class Sizes(NamedTuple):
     def kv_blocks(self) -> int:
         return -(-self.kv_length // self.kv_block)
 
-    @property
-    def each_q_block(self) -> jax.Array:
-        return jnp.arange(self.q_blocks, dtype=jnp.int32)
-
-    @property
-    def each_kv_block(self) -> jax.Array:
-        return jnp.arange(self.kv_blocks, dtype=jnp.int32)
-
 
 def _is_narrow(spec: AttentionSpec) -> bool:
     left, right = spec.window
@@ -79,6 +68,11 @@ def _is_narrow(spec: AttentionSpec) -> bool:
     band = None if left is None or right is None else left + right
     sizes = [n for n in (band, spec.chunk_size) if n is not None]
     return min(sizes, default=4 * WIDE_BLOCK) < 4 * WIDE_BLOCK
+
+
+def _shorter(block: int, length: Any) -> int:
+    """A block no longer than the length, where that is a number and not a symbol."""
+    return min(block, length) if isinstance(length, int) else block
 
 
 def prepare(
@@ -103,15 +97,15 @@ def prepare(
     _, q_length, heads, _ = x.query.shape
     kv_length, kv_heads = x.key.shape[1:3]
     size = (NARROW_BLOCK if _is_narrow(spec) else WIDE_BLOCK) if by_rows else BLOCK
-    kv_block = min(size, kv_length)
+    kv_block = _shorter(size, kv_length)
     if spec.dropout_rate:  # a block starts at a whole group of columns
         kv_block = -(-kv_block // _dropout.GROUP) * _dropout.GROUP
-    group, q_block = heads // kv_heads, min(size, q_length)
+    group, q_block = heads // kv_heads, _shorter(size, q_length)
     named = {name: a for name, a in x._asdict().items() if a is not None}
-    batch = max(a.shape[0] for a in (*named.values(), *rows.values()))
+    batch = joint(a.shape[0] for a in (*named.values(), *rows.values()))
     sizes = Sizes(batch, kv_heads, group, q_length, kv_length, q_block, kv_block)
 
-    if kv_length % kv_block:
+    if kv_length % kv_block != 0:
         lengths = x.key_value_seq_lengths
         if lengths is None:
             lengths = jnp.full((1,), kv_length, jnp.int32)
@@ -186,141 +180,10 @@ def _split_heads(x: jax.Array, sizes: Sizes) -> jax.Array:
 def _pad(x: jax.Array, axis: int, block: int, value: Any = 0) -> jax.Array:
     """Pads an axis to whole blocks, with ``value`` or, if None, with the last element."""
     widths = [(0, 0)] * x.ndim
-    widths[axis] = (0, -x.shape[axis] % block)
-    if not widths[axis][1]:
+    n = x.shape[axis]
+    widths[axis] = (0, -(-n // block) * block - n)  # so that a symbolic sum has a bound
+    if widths[axis][1] == 0:
         return x
     if value is None:
         return jnp.pad(x, widths, mode="edge")
     return jnp.pad(x, widths, constant_values=value)
-
-
-def join_blocks(x: jax.Array, axis: int) -> jax.Array:
-    """``(blocks, ..., block, ...)`` to ``(..., blocks * block, ...)``."""
-    x = jnp.moveaxis(x, 0, axis)
-    return x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
-
-
-def _blocks(
-    spec: AttentionSpec, sizes: Sizes, x: Operands, batch_axes: int
-) -> tuple[jax.Array, jax.Array]:
-    lengths, blocks = sizes[3:5], sizes[5:7]
-    return _mask.key_blocks(spec, x, batch_axes, lengths, blocks)
-
-
-def _shared_blocks(
-    spec: AttentionSpec, sizes: Sizes, entries: dict[str, jax.Array]
-) -> tuple[jax.Array, jax.Array]:
-    """The key blocks that any entry's query block sees: one loop serves all entries."""
-    facts = {n: a[:, 0] for n, a in entries.items() if ENTRY_AXES.get(n) in ("", "r")}
-    first, end = _blocks(spec, sizes, Operands(**facts), 1)
-    first = jnp.where(first < end, first, sizes.kv_blocks).min(0)
-    end = end.max(0)
-    return jnp.minimum(first, end), end
-
-
-def skipping(
-    sizes: Sizes,
-    x: Operands,
-    blocks: Callable[[jax.Array], tuple[jax.Array, jax.Array]],
-    step: Callable[[jax.Array, Any], Any],
-) -> Callable[[jax.Array, Any], Any]:
-    """``step``, but for blocks whose segment ids cannot meet, which change nothing."""
-    if x.query_segment_ids is None:
-        return step
-
-    def visit(index: jax.Array, state: Any) -> Any:
-        i, j = blocks(index)
-        query_ids, key_ids = x.query_segment_ids, x.key_value_segment_ids
-        if query_ids.shape[0] != 1:
-            query_ids = block(query_ids, 0, i, sizes.q_block)
-        if key_ids.shape[0] != 1:
-            key_ids = block(key_ids, 0, j, sizes.kv_block)
-        meet = _mask.blocks_meet(query_ids, key_ids)
-        return lax.cond(meet, lambda s: step(index, s), lambda s: s, state)
-
-    return visit
-
-
-def seeing(
-    sizes: Sizes, first: jax.Array, end: jax.Array, j: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """First and one past the last query block that sees key block ``j``.
-
-    A range, as the ranges that query blocks see are monotonic; with per-entry facts that
-    are not, a range around them.
-    """
-    sees = (first <= j) & (j < end)
-    begin = lax.argmax(sees, 0, jnp.int32)
-    stop = sizes.q_blocks - lax.argmax(sees[::-1], 0, jnp.int32)
-    return begin, jnp.where(sees.any(), stop, 0)
-
-
-Rows = dict[str, jax.Array]
-
-
-def run(
-    spec: AttentionSpec,
-    sizes: Sizes,
-    entries: dict[str, jax.Array],
-    entry: Callable[[Operands, Rows, jax.Array, jax.Array], dict[str, jax.Array]],
-    *,
-    sequential: bool,
-    wrt: tuple[str, ...] = (),
-) -> dict[str, jax.Array]:
-    """Runs ``entry`` on every entry; results get the leading axes ``(B, kv heads)``.
-
-    Args:
-      entry: takes an entry's operands, its other arrays by name, and the first and one
-        past the last key block that each query block visits.
-      sequential: entries one after the other, or together.
-      wrt: results that keep the leading axes of the operand of that name: entries that
-        share the operand are summed as they come, never stacked.
-    """
-    shared = None if sequential else _shared_blocks(spec, sizes, entries)
-
-    def one(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        x = Operands(**{n: a for n, a in arrays.items() if n in ENTRY_AXES})
-        others = {n: a for n, a in arrays.items() if n not in ENTRY_AXES}
-        first, end = shared or _blocks(spec, sizes, x, 0)
-        return entry(x, others, first, end)
-
-    return _for_each_entry(one, sizes, entries, sequential, wrt)
-
-
-def _for_each_entry(
-    entry: Callable[[dict[str, jax.Array]], dict[str, jax.Array]],
-    sizes: Sizes,
-    arrays: dict[str, jax.Array],
-    sequential: bool,
-    wrt: tuple[str, ...] = (),
-) -> dict[str, jax.Array]:
-    def each(f: Any, arrays: dict[str, jax.Array], size: int, summed: set[str]) -> Any:
-        shared = {name: a[0] for name, a in arrays.items() if a.shape[0] != size}
-        mapped = {name: a for name, a in arrays.items() if a.shape[0] == size}
-        if not sequential and not summed:
-            return jax.vmap(lambda m: f(shared | m))(mapped)
-
-        def step(sums: dict[str, jax.Array], m: dict[str, jax.Array]) -> Any:
-            result = f(shared | m)
-            sums = {name: total + result.pop(name) for name, total in sums.items()}
-            return sums, result
-
-        shapes = jax.eval_shape(
-            lambda m: f(shared | m), {n: a[0] for n, a in mapped.items()}
-        )
-        zeros = {
-            name: jnp.zeros(shapes[name].shape, shapes[name].dtype) for name in summed
-        }
-        sums, stacked = lax.scan(step, zeros, mapped, length=size)
-        return stacked | {name: total[None] for name, total in sums.items()}
-
-    def summed(axis: int, size: int) -> set[str]:
-        return {name for name in wrt if arrays[name].shape[axis] != size}
-
-    over_heads = summed(1, sizes.kv_heads)
-    over_batch = summed(0, sizes.batch)
-
-    def batch_entry(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        return each(entry, arrays, sizes.kv_heads, over_heads)
-
-    return each(batch_entry, arrays, sizes.batch, over_batch)

@@ -1,4 +1,4 @@
-"""The compiled module: loaded, checked, registered with XLA, and called.
+"""The compiled module: loaded, checked and registered with XLA.
 
 The module `jax_flash2._cuda` may be missing (an install without nvcc), too new for
 jaxlib, or on a machine whose driver or GPU is too old. None of that is an error before
@@ -7,7 +7,6 @@ a kernel is asked for; then `unavailable` has the sentence.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import importlib
 import pathlib
@@ -18,10 +17,8 @@ from types import ModuleType
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 
-from jax_flash2._spec import AttentionSpec, Operands
+from jax_flash2._spec import AttentionSpec
 
 # Operands, results and attributes of a target are a contract with compiled programs
 # that outlive this process; whoever changes them raises the version, in handlers.cc too.
@@ -36,24 +33,6 @@ _REBUILD = (
 # Each major version of CUDA names the oldest driver that serves it.
 _OLDEST_DRIVER = {12: 525, 13: 580}
 _OLDEST_GPU = 80
-_MAX_HEAD_DIM = 256
-_FORWARD_WORKSPACE = 16  # bytes, kCounterBytes of cuda/sm90/choose.h
-_MAX_POSITION = 2**29 - 1  # kMaxPosition of cuda/problem.h
-# What the handler takes beside query, key and value, and in which dtype.
-_SIDES = {
-    "scale": jnp.float32,
-    "query_offset": jnp.int32,
-    "query_seq_lengths": jnp.int32,
-    "key_value_seq_lengths": jnp.int32,
-    "prefix_lengths": jnp.int32,
-    "query_segment_ids": jnp.int32,
-    "key_value_segment_ids": jnp.int32,
-    "alibi_slopes": jnp.float32,
-    "sinks": jnp.float32,
-}
-
-
-# ------------------------------------------------------------------ loading and checking
 
 
 def _load() -> tuple[ModuleType | None, str | None]:
@@ -136,15 +115,15 @@ def _capabilities() -> list[str]:
     return sorted({str(c) for c in found if c is not None})
 
 
-_module, _load_problem = _load()
+module, _load_problem = _load()
 
 
 @functools.lru_cache(maxsize=1)
 def unavailable() -> str | None:
     """Why no CUDA kernel can run in this process, as a sentence, or None."""
-    if _module is None or _load_problem is not None:
+    if module is None or _load_problem is not None:
         return _load_problem
-    built, driver = _module.build_info()["cuda"], _module.driver_cuda()
+    built, driver = module.build_info()["cuda"], module.driver_cuda()
     return driver_problem(built, driver) or gpu_problem(_capabilities())
 
 
@@ -159,7 +138,7 @@ def build_info() -> dict[str, Any] | None:
     Keys: ``compiler``, ``host_compiler``, ``cuda`` and ``ffi`` (version tuples), and
     ``architectures``.
     """
-    return None if _module is None else dict(_module.build_info())
+    return None if module is None else dict(module.build_info())
 
 
 _warned: set[str] = set()
@@ -186,152 +165,3 @@ def use_kernels(spec: AttentionSpec, lack: str | None) -> bool:
             stacklevel=2,
         )
     return False
-
-
-# ----------------------------------------------------------------------------- the calls
-
-
-def forward_lack(spec: AttentionSpec, x: Operands) -> str | None:
-    """What of this call the forward kernels cannot do, as a sentence, or None."""
-    dtype = jnp.dtype(x.query.dtype).name
-    head_dim = max(x.query.shape[-1], x.value.shape[-1])
-    length = max(x.query.shape[-3], x.key.shape[-3])
-    if dtype not in ("float16", "bfloat16"):
-        return f"the CUDA kernels take float16 and bfloat16; got {dtype}"
-    if head_dim > _MAX_HEAD_DIM:
-        return f"the CUDA kernels take head_dim up to {_MAX_HEAD_DIM}; got {head_dim}"
-    if length > _MAX_POSITION:
-        return f"the CUDA kernels take lengths up to {_MAX_POSITION}; got {length}"
-    for name in ("bias", "mask"):
-        if getattr(x, name) is not None:
-            return f"the CUDA kernels take no dense {name}"
-    if spec.dropout_rate:
-        return f"the CUDA kernels have no dropout; got {spec.dropout_rate=}"
-    if spec.return_max_logit:
-        return "the CUDA kernels have no return_max_logit"
-    return None
-
-
-def forward(spec: AttentionSpec, x: Operands) -> list[jax.Array]:
-    """Output ``(b, l, h, e)`` and logsumexp ``(b, h, l)`` by the forward kernels.
-
-    One batch axis; `forward_lack` must have found nothing. To be traced by a lowering.
-    """
-    value_dim = x.value.shape[-1]
-    query, key, value = (_pad_head_dim(a) for a in (x.query, x.key, x.value))
-    batch, length, heads, _ = _query_shape(x)
-    call = jax.ffi.ffi_call(
-        FORWARD,
-        (
-            jax.ShapeDtypeStruct((batch, length, heads, value.shape[-1]), query.dtype),
-            jax.ShapeDtypeStruct((batch, heads, length), jnp.float32),
-            jax.ShapeDtypeStruct((_FORWARD_WORKSPACE,), jnp.uint8),
-        ),
-    )
-    sides = _sides(x, _SIDES)
-    out, lse, _ = call(
-        query,
-        key,
-        value,
-        *sides.values(),
-        operands=",".join(sides),
-        **_attributes(spec),
-    )
-    return [out[..., :value_dim], lse]
-
-
-def backward_lack(spec: AttentionSpec, x: Operands, wrt: tuple[str, ...]) -> str | None:
-    """What of this call the backward kernels cannot do, as a sentence, or None."""
-    for name in wrt:
-        if name != "scale":
-            return f"the CUDA kernels have no gradient of {name}"
-    return forward_lack(dataclasses.replace(spec, return_max_logit=False), x)
-
-
-def backward(
-    spec: AttentionSpec, x: Operands, rows: dict[str, jax.Array], wrt: tuple[str, ...]
-) -> list[jax.Array]:
-    """Gradients of query, key, value and of ``wrt``, by the backward kernels.
-
-    One batch axis; `backward_lack` must have found nothing. To be traced by a lowering.
-
-    Args:
-      rows: ``out`` and ``dout`` ``(b, l, h, e)``, ``lse`` ``(b, h, l)`` and, unless it
-        is zero, ``dlse`` like it.
-    """
-    arrays = (x.query, x.key, x.value, rows["out"], rows["dout"])
-    query, key, value, out, dout = (_pad_head_dim(a) for a in arrays)
-    batch, length, heads, head_dim = _query_shape(x)
-    row_values = jax.ShapeDtypeStruct((batch, heads, length), jnp.float32)
-    operands = _sides(x, {n: t for n, t in _SIDES.items() if n != "sinks"})
-    if rows.get("dlse") is not None:
-        operands["dlse"] = jnp.broadcast_to(rows["dlse"], row_values.shape)
-    deterministic = bool(spec.deterministic_backward)
-    workspace = _workspace_bytes(batch, heads, length, query.shape[-1])
-    grads = [(query, head_dim), (key, head_dim), (value, x.value.shape[-1])]
-    results = jax.ffi.ffi_call(
-        BACKWARD,
-        (
-            *(jax.ShapeDtypeStruct((batch, *a.shape[1:]), a.dtype) for a, _ in grads),
-            jax.ShapeDtypeStruct((workspace,), jnp.uint8),
-            *(row_values for _ in wrt),
-        ),
-    )(
-        query,
-        key,
-        value,
-        out,
-        dout,
-        jnp.broadcast_to(rows["lse"], row_values.shape),
-        *operands.values(),
-        operands=",".join(operands),
-        **_attributes(spec),
-        deterministic=deterministic,
-    )
-    found = [g[..., :d] for g, (_, d) in zip(results, grads, strict=False)]
-    if wrt:  # the scale
-        total = results[4].sum((1, 2)) * (1.0 if spec.scale is None else spec.scale)
-        total = total if x.scale.shape == total.shape else total.sum(keepdims=True)
-        found.append(total.astype(x.scale.dtype))
-    return found
-
-
-def _workspace_bytes(*facts: int) -> int:
-    assert _module is not None  # `unavailable` has said so
-    return _module.backward_workspace_bytes(*facts)
-
-
-def _query_shape(x: Operands) -> tuple[int, int, int, int]:
-    """Query's, with the batch of the call."""
-    return (max(a.shape[0] for a in x if a is not None), *x.query.shape[1:])
-
-
-def _sides(x: Operands, dtypes: dict[str, Any]) -> dict[str, jax.Array]:
-    """The optional operands that are there, as the handlers take them."""
-    present = {n: getattr(x, n) for n in dtypes if getattr(x, n) is not None}
-    return {n: a.astype(dtypes[n]) for n, a in present.items()}
-
-
-def _attributes(spec: AttentionSpec) -> dict[str, Any]:
-    # The C++ side reads attributes by exact type and converts nothing.
-    left, right = (_window_side(side) for side in spec.window)
-    return dict(
-        scale=np.float32(1.0 if spec.scale is None else spec.scale),
-        soft_cap=np.float32(spec.soft_cap or 0.0),
-        is_causal=bool(spec.is_causal),
-        window_left=left,
-        window_right=right,
-        chunk_size=np.int32(min(spec.chunk_size or 0, _MAX_POSITION)),
-        family=np.int32(80 if spec.implementation == "cuda_sm80" else 0),
-    )
-
-
-def _pad_head_dim(x: jax.Array) -> jax.Array:
-    """Zeros up to the next multiple of 8, which a row's 16-byte loads need."""
-    missing = -x.shape[-1] % 8
-    return jnp.pad(x, ((0, 0),) * 3 + ((0, missing),)) if missing else x
-
-
-def _window_side(side: int | None) -> np.int32:
-    """-1 where unbounded, also in effect: no two positions are further apart."""
-    return np.int32(-1 if side is None or side >= _MAX_POSITION else side)

@@ -65,10 +65,11 @@ def visible(
             causal |= j < x.prefix_lengths[..., None, None]
         terms.append(causal)
     left, right = spec.window
+    # Keys begin at 0. A side may be any int32, as an offset may: nothing overflows.
     if left is not None:
-        terms.append(j >= i - left)
+        terms.append(j >= jnp.maximum(i, 0) - left)
     if right is not None:
-        terms.append(j <= i + right)
+        terms.append(j - right <= i)
     if spec.chunk_size is not None:
         origin = _key_origin(x)
         origin = origin if x.origin is None else origin[..., None, None]
@@ -123,9 +124,9 @@ def key_blocks(
         end = jnp.minimum(end, causal_end)
     left, right = spec.window
     if left is not None:
-        begin = jnp.maximum(begin, first - left)
+        begin = jnp.maximum(begin, jnp.maximum(first, 0) - left)
     if right is not None:
-        end = jnp.minimum(end, last + right + 1)
+        end = jnp.minimum(end, jnp.minimum(last, kv_length - 1 - right) + right + 1)
     if spec.chunk_size is not None:
         size = spec.chunk_size
         origin = _key_origin(x)

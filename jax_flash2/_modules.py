@@ -1,6 +1,7 @@
 """What the nnx and the linen module share: everything between their projections."""
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_flash2 import _spec
-from jax_flash2._attention_fn import attention_fn, refuse_when_decoding
+from jax_flash2 import _checks
+from jax_flash2._attention_fn import attention_fn, boolean_mask, refuse_when_decoding
 from jax_flash2._cache import KeyValueCache
 from jax_flash2._context import ContextParallel
 from jax_flash2._positions import alibi_slopes, rotate
@@ -38,11 +39,29 @@ def refuse_attention_fn(function: Any) -> None:
         )
 
 
+def check_inputs(**inputs: Any) -> None:
+    for name, x in inputs.items():
+        if np.ndim(x) < 2:
+            raise ValueError(
+                f"{name} must have shape (batch..., length, features); got shape "
+                f"{np.shape(x)}"
+            )
+
+
+def check_flags(**flags: Any) -> None:
+    for name, flag in flags.items():
+        if not isinstance(flag, bool | np.bool_):
+            raise ValueError(f"{name} must be a bool; got {flag!r}")
+
+
 def head_dim(num_heads: int, num_kv_heads: int, qkv_features: int) -> int:
     """The head_dim of a module, whose heads it judges."""
-    if num_heads < 1 or qkv_features % num_heads:
+    for name, n in (("num_heads", num_heads), ("num_kv_heads", num_kv_heads)):
+        if not _checks.is_static_int(n):
+            raise ValueError(f"{name} must be an int; got {n!r}")
+    if num_heads < 1 or qkv_features < 1 or qkv_features % num_heads:
         raise ValueError(
-            "qkv_features must be a multiple of num_heads; got "
+            "qkv_features must be a positive multiple of num_heads; got "
             f"qkv_features={qkv_features} and num_heads={num_heads}"
         )
     if num_kv_heads < 1 or num_heads % num_kv_heads:
@@ -81,11 +100,24 @@ class AttentionOptions:
         sides = window if isinstance(window, tuple) else (window, window)
         if len(sides) != 2 or not all(side is None or _is_size(side) for side in sides):
             raise ValueError(
-                "window must be None, an int >= 0, or a pair (left, right) of such; "
-                f"got {window!r}"
+                f"window must be None, an int in [0, {_checks.INT32_MAX}], or a pair "
+                f"(left, right) of such; got {window!r}"
             )
         object.__setattr__(self, "window", window)
 
+        _checks.check_static(
+            is_causal=False,
+            chunk_size=None,
+            logits_soft_cap=self.logits_soft_cap,
+            dropout_rate=0.0,
+            dropout_key=None,
+            prefix_lengths=None,
+            implementation=self.implementation,
+            flags={
+                "forward_mode": self.forward_mode,
+                "deterministic_backward": self.deterministic_backward,
+            },
+        )
         if not isinstance(self.context_parallel, ContextParallel | None):
             raise ValueError(
                 "context_parallel must be None or a jax_flash2.ContextParallel; got "
@@ -102,8 +134,8 @@ class AttentionOptions:
             object.__setattr__(self, "alibi", tuple(float(s) for s in self.alibi))
 
         if self.rotary is not False:
-            base = 10000.0 if self.rotary is True else float(self.rotary)
-            if base <= 1.0:
+            base = 10000.0 if self.rotary is True else _number(self.rotary)
+            if not 1 < base < math.inf:
                 raise ValueError(
                     f"rotary must be a bool or a base > 1; got {self.rotary!r}"
                 )
@@ -146,7 +178,7 @@ class AttentionOptions:
         batch, new = query.shape[:-3], query.shape[-3]
         parallel = self.context_parallel
         tokens = new if parallel is None else parallel.tokens(new)
-        query_seq_lengths = _spec.check_integers(
+        query_seq_lengths = _checks.check_integers(
             "query_seq_lengths", query_seq_lengths, batch, "(batch...)", (0, tokens)
         )
         starts = fits = None
@@ -206,7 +238,7 @@ class AttentionOptions:
             query,
             key,
             value,
-            mask=None if mask is None else mask.astype(bool),
+            mask=boolean_mask(mask),
             is_causal=is_causal,
             query_seq_lengths=query_seq_lengths,
             key_value_seq_lengths=key_value_seq_lengths,
@@ -234,7 +266,7 @@ class AttentionOptions:
         the cache's length."""
         shape = x.shape[:-2]
         if positions is not None:
-            positions = _spec.check_integers(
+            positions = _checks.check_integers(
                 name, positions, shape, "(batch..., length)"
             )
             return jnp.broadcast_to(positions, shape)
@@ -247,5 +279,13 @@ class AttentionOptions:
         return rows if starts is None else rows + starts[..., None]
 
 
+def _number(x: Any) -> float:
+    """NaN for what is none."""
+    try:
+        return math.nan if isinstance(x, str) else float(x)
+    except (TypeError, ValueError):
+        return math.nan
+
+
 def _is_size(x: Any) -> bool:
-    return isinstance(x, int) and not isinstance(x, bool) and x >= 0
+    return _checks.is_static_int(x) and 0 <= x <= _checks.INT32_MAX

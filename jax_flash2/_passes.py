@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jax_flash2 import _blockwise, _ffi, _second, _tangents
+from jax_flash2 import _blockwise, _ffi, _kernels, _second, _tangents
 from jax_flash2._spec import AttentionSpec, Operands, accumulator
 
 Named = dict[str, Any]
@@ -70,8 +70,8 @@ def _run_forward(
     on: Platform, spec: AttentionSpec, x: Operands, rows: Named, wrt: Any
 ) -> list[jax.Array]:
     del rows, wrt
-    if _kernels_serve(on, spec, _ffi.forward_lack(spec, x)):
-        return _ffi.forward(spec, x)
+    if _kernels_serve(on, spec, _kernels.forward_lack(spec, x)):
+        return _kernels.forward(spec, x)
     results = _blockwise.forward(spec, x, sequential=on.sequential)
     return list(results)[: 3 if spec.return_max_logit else 2]
 
@@ -79,8 +79,8 @@ def _run_forward(
 def _run_backward(
     on: Platform, spec: AttentionSpec, x: Operands, rows: Named, wrt: tuple[str, ...]
 ) -> list[jax.Array]:
-    if _kernels_serve(on, spec, _ffi.backward_lack(spec, x, wrt)):
-        return _ffi.backward(spec, x, rows, wrt)
+    if _kernels_serve(on, spec, _kernels.backward_lack(spec, x, wrt)):
+        return _kernels.backward(spec, x, rows, wrt)
     delta = row_delta(rows["out"], rows["dout"], rows.get("dlse"))
     arrays = (rows["dout"], rows["lse"], delta, wrt)
     grads = _blockwise.backward(spec, x, *arrays, sequential=on.sequential)

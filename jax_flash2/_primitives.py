@@ -14,9 +14,7 @@ made, over which a gradient is never summed.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,11 +23,16 @@ import jax.numpy as jnp
 from jax.extend.core import Primitive
 from jax.interpreters import batching
 
-from jax_flash2 import _compat, _partition, _passes
-from jax_flash2._passes import Named, Pass, Platform, zero_past
-from jax_flash2._spec import AttentionSpec, Operands, accumulator, axes_of, base_name
-
-Shape = tuple[int, ...]
+from jax_flash2 import _compat, _layout, _partition, _passes
+from jax_flash2._local import Local, Shape, batch_shape, gradient_shape, sizes_of
+from jax_flash2._passes import Named, Pass, Platform
+from jax_flash2._spec import (
+    AttentionSpec,
+    Operands,
+    accumulator,
+    axes_of,
+    base_name,
+)
 
 
 def forward(
@@ -81,17 +84,6 @@ def split_named(arrays: Named) -> tuple[Operands, Named]:
     return Operands(**x), {n: a for n, a in arrays.items() if n not in x}
 
 
-def _batch_shape(present: tuple[str, ...], arrays: Sequence[Any]) -> Shape:
-    shapes = [
-        a.shape[: len(a.shape) - len(axes_of(name))]
-        for name, a in zip(present, arrays, strict=True)
-    ]
-    # Sizes are one number or 1, so the number wins also where it is 0.
-    return tuple(
-        next((n for n in sizes if n != 1), 1) for sizes in zip(*shapes, strict=True)
-    )
-
-
 # --------------------------------------------------------------------- abstract evaluation
 
 
@@ -106,18 +98,18 @@ def _types(
 ) -> list[Any]:
     """The types of a pass's results; a gradient is named after its operand."""
     named = dict(zip(present, avals, strict=True))
-    batch = _batch_shape(present, avals)
+    batch = batch_shape(present, avals)
     explicit = bool(avals[0].sharding.mesh.explicit_axes)
     lay = None
     if explicit:
-        lay = _partition.explicit_layout(_arrays(present, avals), avals)
+        lay = _layout.explicit_layout(_arrays(present, avals), avals)
     types = []
     for name in pass_.results(spec, wrt):
         part = None
         if name in named:
             like = named[name]
             shape, dtype = (
-                _gradient_shape(name, like.shape, batch, wrt, mapped),
+                gradient_shape(name, like.shape, batch, wrt, mapped),
                 like.dtype,
             )
             if explicit:
@@ -127,83 +119,41 @@ def _types(
                 part = [own[i] if a == b else lead[i] for i, (a, b) in pairs]
                 part = jax.sharding.PartitionSpec(*part)
         else:
-            shape = (*batch, *(_sizes(named)[letter] for letter in axes_of(name)))
+            shape = (*batch, *(sizes_of(named)[letter] for letter in axes_of(name)))
             query = named["query"].dtype
             dtype = query if base_name(name) == "out" else accumulator(query)
             if lay is not None:
-                part = lay.spec(_partition.Array(name, axes_of(name), shape))
+                part = lay.spec(_layout.Array(name, axes_of(name), shape))
         types.append(_compat.result_type(pass_.name, avals, shape, dtype, part))
     return types
 
 
-def _sizes(named: Named) -> dict[str, int]:
-    return {
-        letter: size
-        for name in ("query", "key", "value")
-        for letter, size in zip(axes_of(name), named[name].shape[-3:], strict=True)
-    }
-
-
-def _gradient_shape(
-    name: str, shape: Shape, batch: Shape, wrt: tuple[str, ...], mapped: int
-) -> Shape:
-    """Query's, key's and value's gradients have the batch axes of the call; others their
-    operand's, apart for the elements of a mapped axis."""
-    lead = batch[:mapped] + shape[mapped : len(batch)] if name in wrt else batch
-    return (*lead, *shape[len(batch) :])
-
-
 def _named_arrays(
     names: Sequence[str], shapes: Sequence[Shape]
-) -> tuple[_partition.Array, ...]:
+) -> tuple[_layout.Array, ...]:
     pairs = zip(names, shapes, strict=True)
-    return tuple(_partition.Array(n, axes_of(n), tuple(shape)) for n, shape in pairs)
+    return tuple(_layout.Array(n, axes_of(n), tuple(shape)) for n, shape in pairs)
 
 
-def _arrays(
-    present: Sequence[str], avals: Sequence[Any]
-) -> tuple[_partition.Array, ...]:
+def _arrays(present: Sequence[str], avals: Sequence[Any]) -> tuple[_layout.Array, ...]:
     return _named_arrays(present, [a.shape for a in avals])
 
 
 # -------------------------------------------------------------------- outer: over a mesh
 
 
-@dataclasses.dataclass(frozen=True)
-class _Local:
-    """A pass on one device, of any block of its part: hashable, as `_partition.Call`
-    wants it."""
-
-    pass_: Pass
-    inner: Primitive
-    wrt: tuple[str, ...]
-    mapped: int
-    together: bool
-
-    def __call__(self, spec: AttentionSpec, named: Named) -> Named:
-        arrays = {name: a for name, a in named.items() if a is not None}
-        params = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        results = _local(*arrays.values(), spec=spec, present=tuple(arrays), **params)
-        names = self.pass_.results(spec, self.wrt)
-        return dict(zip(names, results, strict=True))
-
-
 def _lower_over_mesh(pass_: Pass, inner: Primitive) -> Any:
-    """Lowers an outer primitive: `_local` does one device's share of it."""
+    """Lowers an outer primitive: `Local` does one device's share of it."""
 
     def rule(ctx: Any, *operands: Any, **params: Any) -> Any:
         _compat.restore_stacks()
-        if _compat.without_shardy(ctx):
-            raise ValueError(
-                "flash_attention: on several devices jax_use_shardy_partitioner must be "
-                "True, as it is by default; got False"
-            )
         avals = ctx.avals_in
         mesh = avals[0].sharding.mesh
+        _check_devices(ctx, avals, mesh)
         # Axes that XLA assigns inside a region where others are manual or explicit.
         left_over = bool(mesh.auto_axes and (mesh.manual_axes or mesh.explicit_axes))
         spec, present, wrt = params["spec"], params["present"], params["wrt"]
-        local = _Local(pass_, inner, wrt, params["mapped"], left_over)
+        local = Local(pass_, inner, wrt, params["mapped"], left_over)
         call = _partition.Call(
             pass_,
             local,
@@ -224,78 +174,29 @@ def _lower_over_mesh(pass_: Pass, inner: Primitive) -> Any:
     return rule
 
 
-# ------------------------------------------------------------------- outer to inner: local
-
-
-def _local(
-    *arrays: jax.Array,
-    pass_: Pass,
-    inner: Primitive,
-    spec: AttentionSpec,
-    present: Any,
-    mapped: int,
-    wrt: tuple[str, ...],
-    together: bool,
-) -> list[jax.Array]:
-    """A pass on one device: flattens the batch axes and binds the inner primitive."""
-    batch = _batch_shape(present, arrays)
-    named = dict(zip(present, arrays, strict=True))
-    names = pass_.results(spec, wrt)
-    # Batch axes of the gradients of wrt: elements of a mapped axis keep theirs apart.
-    leads = {}
-    for name in wrt:
-        shape = _gradient_shape(name, named[name].shape, batch, wrt, mapped)
-        leads[name] = shape[: len(batch)]
-    if 0 in batch or 0 in named["query"].shape or named["key"].shape[-3] == 0:
-        return [_empty(name, named, batch, leads) for name in names]
-    flat = []
-    for name, a in named.items():
-        if name in leads:
-            a = jnp.broadcast_to(a, (*leads[name], *a.shape[len(batch) :]))
-        flat.append(_flatten_batch(a, batch, len(axes_of(name))))
-    params = dict(spec=spec, present=present, wrt=wrt, together=together)
-    results = []
-    for name, r in zip(names, inner.bind(*flat, **params), strict=True):
-        lead = leads.get(name, batch)
-        if math.prod(lead) == r.shape[0]:
-            results.append(r.reshape(*lead, *r.shape[1:]))
-            continue
-        # The operand was repeated along some batch axes and not along others.
-        r = r.reshape(*batch, *r.shape[1:])
-        axes = tuple(a for a, n in enumerate(lead) if n != batch[a])
-        results.append(r.sum(axes, keepdims=True))
-    return results
-
-
-def _empty(name: str, named: Named, batch: Shape, leads: dict[str, Shape]) -> jax.Array:
-    """A result where there are no rows, or no keys: every row is an empty row."""
-    if name in named:  # a gradient
-        like = named[name]
-        lead = leads.get(name, batch)
-        return jnp.zeros((*lead, *like.shape[len(batch) :]), like.dtype)
-    shape = (*batch, *(_sizes(named)[letter] for letter in axes_of(name)))
-    query = named["query"].dtype
-    if base_name(name) == "out":
-        return jnp.zeros(shape, query)
-    dtype = accumulator(query)
-    # All that an empty row's logsumexp has is its sink.
-    sinks = named.get({"lse": "sinks", "t_lse": "t_sinks"}.get(name, ""))
-    if sinks is None:
-        return jnp.full(shape, -jnp.inf if name in ("lse", "largest") else 0, dtype)
-    sinks = jnp.broadcast_to(sinks.astype(dtype)[..., None], shape)
-    return (
-        sinks if name == "lse" else zero_past(sinks, named.get("query_seq_lengths"), -1)
-    )
-
-
-def _flatten_batch(a: jax.Array, batch: Shape, axes: int) -> jax.Array:
-    """One batch axis, of full size or 1; repeats only where some axes are 1, others not."""
-    lead, rest = a.shape[: len(batch)], a.shape[len(batch) :]
-    assert len(rest) == axes
-    if lead != batch and math.prod(lead) != 1:
-        a = jnp.broadcast_to(a, (*batch, *rest))
-        lead = batch
-    return a.reshape(math.prod(lead), *rest)
+def _check_devices(ctx: Any, avals: Sequence[Any], mesh: Any) -> None:
+    """Refuses what JAX has only for one device."""
+    several = _compat.over_devices(ctx)
+    if several and not jax.config.jax_use_shardy_partitioner:
+        raise ValueError(
+            "flash_attention: on several devices jax_use_shardy_partitioner must be "
+            "True, as it is by default; got False"
+        )
+    if not _compat.for_export(ctx):
+        return
+    if several and not mesh.explicit_axes:
+        raise NotImplementedError(
+            "flash_attention: jax.export for several devices needs Explicit mesh axes or "
+            "a jax.shard_map around the call, since how XLA splits it over Auto axes is "
+            f"asked of this process; got mesh axes {mesh.axis_types}"
+        )
+    symbols = [n for a in avals for n in a.shape if not isinstance(n, int)]
+    if symbols and mesh.size > 1:
+        raise NotImplementedError(
+            "flash_attention: jax.export has symbolic shapes for one device only, since "
+            f"JAX cannot make them static in a jax.shard_map; got {symbols[0]} on a mesh "
+            f"of {mesh.size} devices"
+        )
 
 
 # --------------------------------------------------------------------------------- vmap

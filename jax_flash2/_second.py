@@ -31,8 +31,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jax_flash2 import _entries
-from jax_flash2._entries import Rows, Sizes, block, join_blocks, skipping
+from jax_flash2 import _entries, _loops
+from jax_flash2._entries import Sizes, block
+from jax_flash2._loops import Rows, join_blocks, skipping
 from jax_flash2._spec import AttentionSpec, Operands, accumulator
 from jax_flash2._tiles import (
     Tile,
@@ -80,7 +81,7 @@ def second(
     def entry(x: Operands, rows: Rows, first: jax.Array, end: jax.Array) -> Any:
         return _entry(spec, sizes, x, rows, first, end, wrt)
 
-    grads = _entries.run(spec, sizes, entries, entry, sequential=sequential, wrt=wrt)
+    grads = _loops.run(spec, sizes, entries, entry, sequential=sequential, wrt=wrt)
     return _entries.gradients(sizes, x, grads, wrt)
 
 
@@ -116,7 +117,7 @@ def _entry(
                     grads[name] += g
             return dk, dv, grads
 
-        begin, stop = _entries.seeing(sizes, first, end, j)
+        begin, stop = _loops.seeing(sizes, first, end, j)
         # Transposed, as in `_blockwise.backward`.
         dk = jnp.zeros((x.key.shape[-1], sizes.kv_block), dtype)
         dv = jnp.zeros((x.value.shape[-1], sizes.kv_block), dtype)
@@ -125,7 +126,7 @@ def _entry(
         return state, (dk.T.astype(x.key.dtype), dv.T.astype(x.value.dtype))
 
     state = {name: jnp.zeros(getattr(x, name).shape, dtype) for name in ("query", *wrt)}
-    grads, (dk, dv) = lax.scan(key_block, state, sizes.each_kv_block)
+    grads, (dk, dv) = _loops.scan_blocks(key_block, state, sizes.kv_blocks)
     grads["query"] = grads["query"].astype(x.query.dtype)
     return grads | {"key": join_blocks(dk, 0), "value": join_blocks(dv, 0)}
 

@@ -30,8 +30,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jax_flash2 import _entries
-from jax_flash2._entries import Rows, Sizes, block, join_blocks, skipping
+from jax_flash2 import _entries, _loops
+from jax_flash2._entries import Sizes, block
+from jax_flash2._loops import Rows, join_blocks, skipping
 from jax_flash2._spec import AttentionSpec, Operands, accumulator
 from jax_flash2._tiles import (
     Tile,
@@ -81,7 +82,7 @@ def _over_entries(
     def entry(x: Operands, rows: Rows, first: jax.Array, end: jax.Array) -> Any:
         return _entry(spec, sizes, x, rows, first, end, part)
 
-    results = _entries.run(spec, sizes, entries, entry, sequential=sequential)
+    results = _loops.run(spec, sizes, entries, entry, sequential=sequential)
     out, lse = (_entries.rows(sizes, results[name]) for name in ("out", "lse"))
     return [jnp.swapaxes(out, 1, 2), lse]
 
@@ -127,7 +128,7 @@ def _entry(
         values = values - logits[..., None] * out
         return values.astype(x.query.dtype), logits
 
-    out, lse = lax.map(query_block, sizes.each_q_block)
+    out, lse = _loops.map_blocks(query_block, sizes.q_blocks)
     return {"out": join_blocks(out, 1), "lse": join_blocks(lse, 1)}
 
 

@@ -74,11 +74,12 @@ def flash_attention(
         GPUs), ``"blockwise"`` or ``"reference"`` forces one; None takes the fastest that
         supports the call, decided at lowering: the kernels on an NVIDIA GPU, blockwise
         elsewhere.
-      return_residual: also return the logsumexp, float32, natural logarithm,
-        ``(batch..., query length, heads)``. It is differentiable.
+      return_residual: also return the logsumexp, float32 (float64 for float64), natural
+        logarithm, ``(batch..., query length, heads)``. It is differentiable.
       logits_soft_cap: c, a positive Python float.
       query_offset: position of query row 0 on the key axis (i below means row + offset);
-        an int, or int32 that broadcasts to ``(batch...)``, may be negative.
+        an int, or int32 that broadcasts to ``(batch...)``, may be negative. Positions
+        are int32.
         FlashAttention's bottom-right alignment is ``key length - query length``.
       query_segment_ids: integers ``(batch..., query length)``: only equal ids see each
         other. In any order; sorted ids skip whole blocks.

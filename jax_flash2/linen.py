@@ -128,6 +128,7 @@ class Flash2Attention(nn.MultiHeadDotProductAttention):
           NotImplementedError: sow_weights, einsum classes, a precision that is an
             algorithm.
         """
+        _modules.check_inputs(inputs_q=inputs_q)
         options = self._options(inputs_q.shape[-1])
         _attention_fn.refuse_weights("sow_weights", sow_weights)
         if inputs_kv is not None:
@@ -138,6 +139,7 @@ class Flash2Attention(nn.MultiHeadDotProductAttention):
                 )
             inputs_k = inputs_kv
         keys_of, values_of = _modules.keys_and_values(inputs_q, inputs_k, inputs_v)
+        _modules.check_inputs(inputs_k=keys_of, inputs_v=values_of)
 
         dense = functools.partial(
             nn.DenseGeneral,
@@ -219,6 +221,7 @@ class Flash2Attention(nn.MultiHeadDotProductAttention):
     def _options(self, features: int) -> _modules.AttentionOptions:
         """The options, after judging the attributes that are flax's."""
         _modules.refuse_attention_fn(self.attention_fn)
+        _modules.check_flags(is_causal=self.is_causal, sinks=self.sinks)
         _attention_fn.refuse_overrides(
             qk_attn_weights_einsum_cls=self.qk_attn_weights_einsum_cls,
             attn_weights_value_einsum_cls=self.attn_weights_value_einsum_cls,

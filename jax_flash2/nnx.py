@@ -90,6 +90,7 @@ class Flash2Attention(nnx.MultiHeadAttention):
         **flax: Any,
     ):
         _modules.refuse_attention_fn(flax.pop("attention_fn", attention_fn))
+        _modules.check_flags(is_causal=is_causal, sinks=sinks)
         _attention_fn.check_precision(flax.get("precision"))
         _attention_fn.check_dropout(broadcast_dropout, flax.get("dropout_rate", 0.0))
         self.options = _modules.AttentionOptions(
@@ -185,6 +186,7 @@ class Flash2Attention(nnx.MultiHeadAttention):
         """
         _attention_fn.refuse_weights("sow_weights", sow_weights)
         keys_of, values_of = _modules.keys_and_values(inputs_q, inputs_k, inputs_v)
+        _modules.check_inputs(inputs_q=inputs_q, inputs_k=keys_of, inputs_v=values_of)
         for name, inputs, projection in (
             ("inputs_q", inputs_q, self.query),
             ("inputs_k", keys_of, self.key),

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_flash2 import _arguments, _autodiff, _exchange, _spec
+from jax_flash2 import _arguments, _autodiff, _checks, _exchange
 from jax_flash2._sequence import Part, Ring
 from jax_flash2._spec import AttentionSpec, Operands
 
@@ -123,7 +123,7 @@ def attend(
     _require(
         x.query.shape[-2] % ways == 0,
         f"query's heads must be a multiple of the {ways} devices of exchange_axis_name="
-        f"{exchange_axes}; got {_spec.describe(x.query)}",
+        f"{exchange_axes}; got {_checks.describe(x.query)}",
     )
     if ways > 1:
         x = _exchange.to_heads(x, exchange_axes, ways)
@@ -174,7 +174,8 @@ def zigzag(x: jax.Array, devices: int, axis: int = 1) -> jax.Array:
       x reordered, to be sharded along that axis over those devices.
 
     Raises:
-      ValueError: a length that is no multiple of 2n.
+      ValueError: devices that are no positive int, an axis that is not there, or a length
+        that is no multiple of 2n.
     """
     return _reorder(x, devices, axis, _zigzag_order(devices))
 
@@ -192,34 +193,43 @@ def zigzag_index(length: int, devices: int) -> np.ndarray:
 
 
 def _zigzag_order(devices: int) -> list[int]:
+    if not _checks.is_static_int(devices) or devices < 1:
+        raise ValueError(f"zigzag: devices must be a positive int; got {devices!r}")
     return [c for i in range(devices) for c in (i, 2 * devices - 1 - i)]
 
 
 def _reorder(x: jax.Array, devices: int, axis: int, order: list[int]) -> jax.Array:
     x = jnp.asarray(x)
+    if not -x.ndim <= axis < x.ndim:
+        raise ValueError(
+            f"zigzag: axis must be one of {_checks.describe(x)}; got {axis}"
+        )
     length = x.shape[axis]
     if length % (2 * devices):
         raise ValueError(
             f"zigzag: the length must be a multiple of 2 * devices = {2 * devices}; got "
-            f"{length}, axis {axis} of {_spec.describe(x)}"
+            f"{length}, axis {axis} of {_checks.describe(x)}"
         )
     chunks = jnp.split(x, 2 * devices, axis)
     return jnp.concatenate([chunks[c] for c in order], axis)
 
 
-def as_tuple(name: str, axes: Any) -> tuple[str, ...]:
+def as_tuple(caller: str, name: str, axes: Any) -> tuple[str, ...]:
     """One or more mesh axes as a tuple."""
     given = (axes,) if isinstance(axes, str) else axes
-    _require(
-        isinstance(given, (tuple, list)) and all(isinstance(a, str) for a in given),
-        f"{name} must be the name of a mesh axis or a tuple of such; got {axes!r}",
-    )
+    if not isinstance(given, (tuple, list)) or not all(
+        isinstance(a, str) for a in given
+    ):
+        raise ValueError(
+            f"{caller}: {name} must be the name of a mesh axis or a tuple of such; got "
+            f"{axes!r}"
+        )
     return tuple(given)
 
 
 def _axes(name: str, axes: Any) -> tuple[str, ...]:
     """Mesh axes as a tuple, all manual here."""
-    given = as_tuple(name, axes)
+    given = as_tuple("ring_attention", name, axes)
     for axis in given:
         try:
             jax.lax.axis_size(axis)

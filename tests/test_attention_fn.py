@@ -121,6 +121,7 @@ def test_modules_that_ask_for_more_are_refused():
             {"broadcast_dropout": True, "dropout_rate": 0.1},
         ),
         (ValueError, "dropout_rng must be a key .* 0.1", {"dropout_rate": 0.1}),
+        (ValueError, "mask must be an array; got list", {"mask": [[True]]}),
         (TypeError, "unexpected keyword argument 'promote'", {"promote": True}),
     ],
 )

@@ -249,6 +249,34 @@ def test_offsets_of_any_size(offset):
     assert np.isneginf(results(inputs)["lse"]).all() == hidden
 
 
+@pytest.mark.parametrize("side", [2**31 - 1, 2**31 - 2, 2**31 - 20, 2**30])
+@pytest.mark.parametrize("implementation", ["blockwise", "reference"])
+def test_windows_wider_than_any_length_hide_nothing(side, implementation):
+    """The sum of a row and a side overflowed, and every row but the first saw nothing."""
+    inputs = Case((), 20, 20).inputs()
+    whole = results(inputs, implementation)
+    for window in ((side, side), (None, side), (side, None)):
+        found = results(inputs, implementation, local_window_size=window)
+        assert_all_close(found, whole)
+
+
+@pytest.mark.parametrize("implementation", ["blockwise", "reference"])
+def test_windows_and_offsets_at_both_ends(implementation):
+    inputs = Case((), 20, 20).inputs()
+    whole = results(inputs, implementation)
+    end = 2**31 - 1
+    for more in (
+        {"query_offset": end - 20, "is_causal": True, "local_window_size": (end, 0)},
+        {"query_offset": -end - 1, "local_window_size": (0, end)},
+    ):
+        found = results(inputs, implementation, **more)
+        if more["query_offset"] > 0:  # row i sees the keys from i - 20 on: all
+            assert_all_close(found, whole)
+        else:  # row i sees the keys up to i - 1
+            assert np.isneginf(found["lse"][:, 0]).all()
+            assert np.isfinite(found["lse"][:, 1:]).all()
+
+
 def test_lengths_beyond_the_arrays_are_the_arrays():
     """Traced lengths cannot be judged: they cut nothing then, and never read outside."""
     inputs = Case(("query_lengths", "key_lengths"), 9, 11).inputs()

@@ -5,10 +5,11 @@ import re
 import types
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import pytest
 
-from jax_flash2 import _ffi
+from jax_flash2 import _ffi, _kernels
 from jax_flash2._spec import AttentionSpec, Operands
 
 needs_module = pytest.mark.skipif(
@@ -26,7 +27,7 @@ def lowered(spec, x):
     names = [name for name, a in x._asdict().items() if a is not None]
 
     def run(*arrays):
-        return _ffi.forward(spec, Operands(**dict(zip(names, arrays, strict=True))))
+        return _kernels.forward(spec, Operands(**dict(zip(names, arrays, strict=True))))
 
     arrays = [getattr(x, name) for name in names]
     return jax.jit(run).trace(*arrays).lower(lowering_platforms=("cuda",)).as_text()
@@ -46,7 +47,7 @@ def test_build_info_tells_compiler_architectures_and_versions():
 
 @needs_module
 def test_every_target_of_the_module_is_known_here():
-    assert set(_ffi._module.registrations()) == set(_ffi.TARGETS)
+    assert set(_ffi.module.registrations()) == set(_ffi.TARGETS)
 
 
 @needs_module
@@ -130,7 +131,7 @@ LENGTHS = jax.ShapeDtypeStruct((2,), jnp.int32)
     ],
 )
 def test_what_the_forward_kernels_lack_is_named(spec, x, says):
-    assert says in _ffi.forward_lack(spec, x)
+    assert says in _kernels.forward_lack(spec, x)
 
 
 def test_forward_kernels_lack_nothing_else():
@@ -138,7 +139,7 @@ def test_forward_kernels_lack_nothing_else():
         scale=0.5, is_causal=True, window=(3, None), chunk_size=7, soft_cap=5.0
     )
     x = operands(key_value_seq_lengths=LENGTHS, query_offset=LENGTHS)
-    assert _ffi.forward_lack(spec, x) is None
+    assert _kernels.forward_lack(spec, x) is None
 
 
 def test_forced_kernels_raise_with_the_reason(monkeypatch):
@@ -209,7 +210,7 @@ def lowered_backward(spec, x, wrt=(), **more):
     } | more
 
     def run(arrays, rows):
-        return _ffi.backward(spec, Operands(**arrays), rows, wrt)
+        return _kernels.backward(spec, Operands(**arrays), rows, wrt)
 
     arrays = {name: getattr(x, name) for name in names}
     trace = jax.jit(run).trace(arrays, rows)
@@ -246,7 +247,7 @@ def test_backward_workspace_is_linear_in_the_rows(batch, heads, length, rows):
     """Per padded row: float32 sums of dQ, logsumexp and delta; a turn per 16; counters."""
     counters = -(-batch * heads * 4 // 16) * 16 + 16
     expected = batch * heads * (rows * (4 * 72 + 8) + rows // 4) + counters
-    assert _ffi._workspace_bytes(batch, heads, length, 72) == expected
+    assert _kernels._workspace_bytes(batch, heads, length, 72) == expected
 
 
 @needs_module
@@ -259,14 +260,24 @@ def test_gradient_of_a_traced_scale_comes_by_rows():
 
 @pytest.mark.parametrize("name", ["bias", "alibi_slopes"])
 def test_backward_says_which_gradient_it_lacks(name):
-    lack = _ffi.backward_lack(AttentionSpec(), operands(), ("scale", name))
+    lack = _kernels.backward_lack(AttentionSpec(), operands(), ("scale", name))
     assert lack == f"the CUDA kernels have no gradient of {name}"
-    assert _ffi.backward_lack(AttentionSpec(), operands(), ("scale",)) is None
+    assert _kernels.backward_lack(AttentionSpec(), operands(), ("scale",)) is None
 
 
 def test_backward_lacks_what_the_forward_lacks_but_for_the_largest_logit():
     spec = AttentionSpec(return_max_logit=True)
-    assert _ffi.forward_lack(spec, operands()) is not None
-    assert _ffi.backward_lack(spec, operands(), ()) is None
+    assert _kernels.forward_lack(spec, operands()) is not None
+    assert _kernels.backward_lack(spec, operands(), ()) is None
     spec = AttentionSpec(dropout_rate=0.5)
-    assert "dropout" in _ffi.backward_lack(spec, operands(), ())
+    assert "dropout" in _kernels.backward_lack(spec, operands(), ())
+
+
+@needs_module
+@pytest.mark.parametrize("batch", [1, 2, 3, 7])
+def test_workspace_of_a_symbolic_batch_is_enough(batch):
+    (symbol,) = jax.export.symbolic_shape("batch")
+    size = _kernels._workspace_bytes(symbol, 5, 129, 72)
+    for_one = _kernels._workspace_bytes(1, 5, 129, 72)
+    assert size == symbol * for_one
+    assert batch * for_one >= _kernels._workspace_bytes(batch, 5, 129, 72)

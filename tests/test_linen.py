@@ -210,6 +210,10 @@ def test_dropout_is_reproducible_and_off_when_deterministic():
             {"broadcast_dropout": True, "dropout_rate": 0.1},
         ),
         (ValueError, "window .* got -1", {"window": -1}),
+        (ValueError, "logits_soft_cap must be .* got 0", {"logits_soft_cap": 0}),
+        (ValueError, "is_causal must be a bool; got 1", {"is_causal": 1}),
+        (ValueError, "sinks must be a bool; got 'yes'", {"sinks": "yes"}),
+        (ValueError, "rotary must be .* got nan", {"rotary": float("nan")}),
         (ValueError, "multiple of num_kv_heads; .*=3", {"num_kv_heads": 3}),
         (ValueError, "multiple of num_heads; .*=10", {"qkv_features": 10}),
     ],
@@ -226,12 +230,26 @@ def test_the_module_refuses(error, message, arguments):
         (ValueError, "inputs_k must be given with inputs_v", {"inputs_v": X}),
         (ValueError, "inputs_kv must be None", {"inputs_k": X, "inputs_kv": X}),
         (ValueError, "where rotary is False", {"input_positions": np.arange(LENGTH)}),
+        (ValueError, "mask must be an array; got list", {"mask": [[True]]}),
+        (
+            ValueError,
+            r"inputs_k must have shape .* got shape \(5,\)",
+            {"inputs_k": X[0, 0, :5]},
+        ),
         (TypeError, "unexpected keyword argument", {"bias": None}),
     ],
 )
 def test_the_call_refuses(error, message, arguments):
     with pytest.raises(error, match=message):
         Flash2Attention(num_heads=HEADS).init(KEY, X, **arguments)
+
+
+def test_inputs_without_a_length_are_refused():
+    message = (
+        r"inputs_q must have shape \(batch..., length, features\); got shape \(3,\)"
+    )
+    with pytest.raises(ValueError, match=message):
+        Flash2Attention(num_heads=HEADS).init(KEY, X[0, 0, :3])
 
 
 def test_a_scan_over_rematerialised_layers_is_a_loop():

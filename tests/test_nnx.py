@@ -1,6 +1,8 @@
 """The nnx module: flax's parameters, outputs and gradients, and what flax's lacks."""
 
+import copy
 import functools
+import pickle
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +12,7 @@ from flax import nnx
 from jax.sharding import AxisType
 
 import jax_flash2
-from jax_flash2 import Flash2Attention, flash_attention
+from jax_flash2 import ContextParallel, Flash2Attention, flash_attention
 
 FEATURES, HEADS, LENGTH = 16, 4, 9
 CONFIGURATIONS = {
@@ -315,10 +317,31 @@ def test_dropout_is_reproducible_and_off_when_deterministic():
         ),
         (
             ValueError,
-            r"window must be None, an int >= 0.* got \(1, 2, 3\)",
+            r"window must be None, an int in .0, 2147483647.* got \(1, 2, 3\)",
             {"window": (1, 2, 3)},
         ),
         (ValueError, "window .* got -1", {"window": -1}),
+        (ValueError, "window .* got 2147483648", {"window": 2**31}),
+        (ValueError, "logits_soft_cap must be .* got -1.0", {"logits_soft_cap": -1.0}),
+        (
+            ValueError,
+            "implementation must be one of .* got 'xla'",
+            {"implementation": "xla"},
+        ),
+        (ValueError, "forward_mode must be a bool; got 1", {"forward_mode": 1}),
+        (ValueError, "is_causal must be a bool; got 1", {"is_causal": 1}),
+        (ValueError, "sinks must be a bool; got 'yes'", {"sinks": "yes"}),
+        (ValueError, "rotary must be .* got nan", {"rotary": float("nan")}),
+        (ValueError, "rotary must be .* got inf", {"rotary": float("inf")}),
+        (ValueError, "rotary must be .* got None", {"rotary": None}),
+        (ValueError, "rotary must be .* got '100'", {"rotary": "100"}),
+        (ValueError, "num_heads must be an int; got 4.0", {"num_heads": 4.0}),
+        (ValueError, "num_kv_heads must be an int; got True", {"num_kv_heads": True}),
+        (
+            ValueError,
+            "qkv_features must be a positive multiple .*=0 and num_heads=4",
+            {"qkv_features": 0},
+        ),
         (
             ValueError,
             "alibi must be a bool or one slope for each of 4 heads",
@@ -337,7 +360,7 @@ def test_dropout_is_reproducible_and_off_when_deterministic():
         ),
         (
             ValueError,
-            "qkv_features must be a multiple of num_heads; .*=10",
+            "qkv_features must be a positive multiple of num_heads; .*=10",
             {"qkv_features": 10},
         ),
         (TypeError, "unexpected keyword argument 'windows'", {"windows": 1}),
@@ -346,6 +369,34 @@ def test_dropout_is_reproducible_and_off_when_deterministic():
 def test_the_constructor_refuses(error, message, arguments):
     with pytest.raises(error, match=message):
         ours(**arguments)
+
+
+def test_inputs_without_a_length_are_refused():
+    message = (
+        r"inputs_q must have shape \(batch..., length, features\); got shape \(16,\)"
+    )
+    with pytest.raises(ValueError, match=message):
+        ours()(normal(0, FEATURES))
+
+
+def test_numpy_integers_are_sizes_of_a_window():
+    x = normal(0, 2, LENGTH, FEATURES)
+    assert_close(ours(window=np.int64(3))(x), ours(window=3)(x), atol=0)
+
+
+def test_modules_are_split_copied_and_pickled():
+    """Static facts are hashable, so that equal modules share one compiled program."""
+
+    def make():
+        parallel = ContextParallel(axis_name=[], batch_axis_name=["data"])
+        options = {"window": [3, 0], "alibi": np.ones(HEADS), "rotary": True}
+        return ours(sinks=True, is_causal=True, context_parallel=parallel, **options)
+
+    (one, state), (other, _) = nnx.split(make()), nnx.split(make())
+    assert (one, hash(one)) == (other, hash(other))
+    assert nnx.merge(one, state).options == make().options
+    for again in (nnx.clone, copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))):
+        assert again(make()).options == make().options
 
 
 @pytest.mark.parametrize(
@@ -372,6 +423,8 @@ def test_the_constructor_refuses(error, message, arguments):
             {"inputs_k": np.ones((2, 9, 8), np.float32)},
         ),
         (ValueError, "decode needs a cache; got none", {"decode": True}),
+        (ValueError, "mask must be an array; got list", {"mask": [[True]]}),
+        (ValueError, "is_causal must be a bool; got 'yes'", {"is_causal": "yes"}),
         (TypeError, "unexpected keyword argument 'bias'", {"bias": None}),
     ],
 )

@@ -10,8 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import export
 
-from jax_flash2 import _spec, flash_attention
+from jax_flash2 import _checks, flash_attention
 
 Q, K = (2, 5, 4, 8), (2, 7, 2, 8)
 
@@ -35,6 +36,12 @@ REJECTS = [
      "got float32[8]"),
     ({"value": a()}, "value must have shape (batch..., length, heads, head_dim); "
      "got float32[]"),
+    *(
+        ({name: jax.ShapeDtypeStruct(export.symbolic_shape(shape), jnp.float32)},
+         f"{name} must have heads and head_dim that are numbers (batch and length may be "
+         f"symbolic); got float32[{shape}]")
+        for name, shape in (("query", "2, 5, h, 8"), ("key", "2, 7, 2, d"))
+    ),
     ({"key": a(*K, dtype="bfloat16")},
      "key must have query's dtype, float32; got bfloat16[2, 7, 2, 8]"),
     ({"value": a(*K, dtype="float16")},
@@ -53,6 +60,13 @@ REJECTS = [
     ({"query": a(*Q, dtype="int8"), "key": a(*K, dtype="int8"),
       "value": a(*K, dtype="int8"), "implementation": "reference"},
      "query must be one of float16, bfloat16, float32, float64; got int8[2, 5, 4, 8]"),
+    *(
+        ({"query": np.zeros(Q), "key": np.zeros(K), "value": np.zeros(K),
+          "implementation": implementation},
+         "query may be float64 only where jax_enable_x64 is True, else it becomes "
+         "float32; got float64[2, 5, 4, 8]")
+        for implementation in ("blockwise", "reference")
+    ),
     ({"key": a(2, 7, 2, 16)},
      "key must have query's head_dim, 8; got float32[2, 7, 2, 16]"),
     ({"query": a(2, 5, 4, 0), "key": a(2, 7, 2, 0)},
@@ -82,10 +96,11 @@ REJECTS = [
     ({"deterministic_backward": None}, "deterministic_backward must be a bool; got None"),
     ({"forward_mode": "no"}, "forward_mode must be a bool; got 'no'"),
     ({"return_max_logit": 2.0}, "return_max_logit must be a bool; got 2.0"),
-    ({"chunk_size": 0}, "chunk_size must be a positive int; got 0"),
-    ({"chunk_size": -4}, "chunk_size must be a positive int; got -4"),
-    ({"chunk_size": 4.0}, "chunk_size must be a positive int; got 4.0"),
-    ({"chunk_size": True}, "chunk_size must be a positive int; got True"),
+    ({"chunk_size": 0}, "chunk_size must be an int in [1, 2147483647]; got 0"),
+    ({"chunk_size": -4}, "chunk_size must be an int in [1, 2147483647]; got -4"),
+    ({"chunk_size": 4.0}, "chunk_size must be an int in [1, 2147483647]; got 4.0"),
+    ({"chunk_size": 2**31}, "chunk_size must be an int in [1, 2147483647]; got 2147483648"),
+    ({"chunk_size": True}, "chunk_size must be an int in [1, 2147483647]; got True"),
     *(
         ({"logits_soft_cap": cap},
          f"logits_soft_cap must be a positive finite Python float; got {cap!r}")
@@ -105,6 +120,10 @@ REJECTS = [
     ({"dropout_rate": 0.5, "dropout_key": a(3, 2, dtype="uint32")},
      "dropout_key must be one key of jax.random.key or jax.random.PRNGKey; got "
      "uint32[3, 2]"),
+    ({"dropout_rate": 0.5, "dropout_key": a(3, dtype="uint32")},
+     "dropout_key must be one key of jax.random.key or jax.random.PRNGKey; got uint32[3]"),
+    ({"dropout_rate": 0.5, "dropout_key": jax.random.split(key, 3)},
+     "dropout_key must be one key of jax.random.key or jax.random.PRNGKey; got key<fry>[3]"),
     ({"prefix_lengths": np.int32([1, 2])}, "prefix_lengths needs is_causal=True (keys before "
      "the prefix's end are visible beside the causal ones); got is_causal=False"),
     *(
@@ -131,6 +150,7 @@ REJECTS = [
     ({"query_seq_lengths": 2.0},
      "query_seq_lengths must be an int or an integer array; got 2.0"),
     ({"query_offset": True}, "query_offset must be an int or an integer array; got True"),
+    ({"query_offset": False}, "query_offset must be an int or an integer array; got False"),
     ({"query_seq_lengths": [6, 5]}, "query_seq_lengths must lie in [0, 5]; got [6]"),
     ({"query_seq_lengths": np.int8([-1, 5])}, "query_seq_lengths must lie in [0, 5]; got [-1]"),
     ({"key_value_seq_lengths": np.int64([7, 8])},
@@ -139,7 +159,11 @@ REJECTS = [
     ({"prefix_lengths": [0, -3], "is_causal": True},
      "prefix_lengths must lie in [0, 7]; got [-3]"),
     ({"query_offset": 2**31},
-     "query_offset must lie in [-2147483648, 2147483647]; got [2147483648]"),
+     "query_offset must lie in [-2147483648, 2147483642]; got [2147483648]"),
+    ({"query_offset": 2**31 - 5},
+     "query_offset must lie in [-2147483648, 2147483642]; got [2147483643]"),
+    ({"query_seq_lengths": [[1], [2, 3]]},
+     "query_seq_lengths must be an int or an integer array; got [[1], [2, 3]]"),
     ({"query_seq_lengths": a(2, dtype="uint32")},
      "query_seq_lengths must be int32 or narrower; got uint32[2]"),
     ({"query_offset": a(3, dtype="int32")},
@@ -224,7 +248,7 @@ def test_float64_is_refused_but_for_the_implementations_that_take_it(implementat
 
 def rules():
     """Line numbers of every call of ``require`` in the module of rules."""
-    path = pathlib.Path(inspect.getsourcefile(_spec))
+    path = pathlib.Path(inspect.getsourcefile(_checks))
     return {
         node.lineno
         for node in ast.walk(ast.parse(path.read_text()))
@@ -264,6 +288,17 @@ def test_every_message_names_an_argument_and_what_was_got():
         assert first in given or "must be given" in message or first == "query"
 
 
+def test_a_list_of_traced_lengths_is_refused_by_name():
+    message = "key_value_seq_lengths must be an int or an integer array; got [JitTracer"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        jax.jit(lambda n: call({"key_value_seq_lengths": [n, n]}))(3)
+
+
+def test_an_empty_list_has_the_lengths_of_an_empty_batch():
+    x = a(0, 7, 2, 8)
+    assert flash_attention(x, x, x, key_value_seq_lengths=[]).shape == x.shape
+
+
 @pytest.mark.parametrize("implementation", ["cuda", "cuda_sm80"])
 def test_kernels_are_refused_where_the_program_is_not_for_a_gpu(implementation):
     with pytest.raises(NotImplementedError) as error:
@@ -294,7 +329,9 @@ def test_unknown_arguments_are_refused():
         {"query_seq_lengths": np.int64([0, 5])},
         {"key_value_seq_lengths": [7, 0]},
         {"key_value_seq_lengths": np.uint8(3)},
-        {"query_offset": -(2**31) + 16},
+        {"query_offset": -(2**31)},
+        {"query_offset": 2**31 - 6},
+        {"query_seq_lengths": [jnp.int32(1), 2]},
         {"logits_soft_cap": 30},
         {"dropout_rate": 0, "dropout_key": None},
         {"dropout_rate": 0.0, "dropout_key": "not looked at"},

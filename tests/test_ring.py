@@ -21,8 +21,8 @@ import jax_flash2.linen
 from jax_flash2 import (
     ContextParallel,
     Flash2Attention,
+    _layout,
     _mask,
-    _partition,
     _primitives,
     _ring,
     flash_attention,
@@ -144,6 +144,12 @@ def test_zigzag_orders_and_restores_whatever_has_tokens() -> None:
         np.testing.assert_array_equal(unzigzag(zigzag(x, n), n), x)
     with pytest.raises(ValueError, match="devices = 10; got 48, axis 1"):
         zigzag(x, 5)
+    for devices in (0, -1, 2.0):
+        message = f"zigzag: devices must be a positive int; got {devices}"
+        with pytest.raises(ValueError, match=message):
+            zigzag(x, devices)
+    with pytest.raises(ValueError, match=r"axis must be one of float32.*; got 3"):
+        unzigzag(x, 2, axis=3)
 
 
 def test_a_hop_is_issued_before_the_block_that_it_may_hide_behind() -> None:
@@ -484,6 +490,13 @@ def test_modules_say_what_a_layout_lacks() -> None:
         ValueError, match=r"axis once; got \['seq'\] again in head_axis"
     ):
         ContextParallel(axis_name="seq", head_axis_name="seq")
+    for message, arguments in (
+        ("context_parallel: axis_name must be .* got None", {"axis_name": None}),
+        ("context_parallel: zigzag must be a bool; got 1", {"zigzag": 1}),
+        ("context_parallel: mesh must be None or .* got 'm'", {"mesh": "m"}),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ContextParallel(**arguments)
 
 
 @pytest.mark.parametrize("kind", [AUTO, EXPLICIT])
@@ -491,7 +504,7 @@ def test_lengths_sharded_apart_are_gathered_with_one_warning(kind: Any) -> None:
     mesh = make_mesh({"a": 2, "b": 4}, kind)
     q, k, v = arrays()
     want = flash_attention(q, k, v)
-    _partition._warned.clear()
+    _layout._warned.clear()
     with jax.set_mesh(mesh):
         by_a, by_b = (NamedSharding(mesh, P(None, axis)) for axis in "ab")
         placed = [jax.device_put(a, s) for a, s in ((q, by_a), (k, by_b), (v, by_b))]

@@ -14,12 +14,13 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 RECEIPT = Path(__file__).with_name("receipt.json")
+BINDINGS = ("_ffi.py", "_kernels.py")  # all that reaches the kernels, in jax_flash2/
 
 
 def sources() -> list[Path]:
-    """What the receipt stands for: kernels, host code, their build, and the binding."""
+    """What the receipt stands for: kernels, host code, their build, and the bindings."""
     cuda = (p for p in (ROOT / "cuda").rglob("*") if p.is_file() and p.suffix != ".md")
-    return sorted([*cuda, ROOT / "jax_flash2" / "_ffi.py"])
+    return sorted([*cuda, *(ROOT / "jax_flash2" / name for name in BINDINGS)])
 
 
 def digest() -> str:
@@ -46,7 +47,8 @@ def check() -> str | None:
         return f"there is no {RECEIPT.relative_to(ROOT)}"
     if receipt.get("sources") != digest():
         return (
-            "cuda/ or jax_flash2/_ffi.py changed since the receipt was written: run "
+            f"cuda/ or {' or '.join(BINDINGS)} in jax_flash2/ changed since the receipt "
+            "was written: run "
             "`JAX_FLASH2_TEST_GPU=1 pytest tests/gpu` on a machine with a GPU"
         )
     if receipt.get("excuse"):
