@@ -34,6 +34,7 @@ from attention import gpu_folder
 from gpt.config import PRESETS, Config
 from gpt.data import STANDARD_LIBRARY, Corpus, load
 from gpt.training import State, Trainer
+from tqdm import tqdm
 
 EXACT = "reference"
 # Steps that are timed together: enough to hide the host, few enough for a median.
@@ -84,7 +85,7 @@ def train(c: Config, corpus: Corpus, params: Any, timed: bool) -> dict[str, Any]
         step = trainer.step.lower(state, batch(0)).compile()
         batches = [batch(i) for i in range(c.steps)]
         found, times, began = [], [], time.perf_counter()
-        for i, tokens in enumerate(batches, 1):
+        for i, tokens in enumerate(tqdm(batches, c.attention, unit="step"), 1):
             state, metrics = step(state, tokens)
             found.append(metrics)
             if i % TIMED == 0 or i == c.steps:

@@ -33,6 +33,9 @@ _PREFIX = "receipt"
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[_FACTS] = {}
+    config.addinivalue_line("markers", "xdist_group: of pytest-xdist")  # if it is off
+    if getattr(config.option, "dist", "no") == "load":  # pytest-xdist's -n
+        config.option.dist = "loadgroup"  # keeps tests apart that want much memory
     if jax.default_backend() != "gpu":
         raise pytest.UsageError("tests/gpu needs an NVIDIA GPU and jax for CUDA")
     if reason := _ffi.unavailable():

@@ -362,12 +362,17 @@ def equal_on_device(a, b):
     return bool(jax.jit(lambda a, b: (a == b).all())(a, b))
 
 
+# One after the other, in one process of pytest-xdist: each wants up to 26 GB.
+large = pytest.mark.xdist_group("large")
+
+
 def near(a, b):
     """The order of a sum over key tiles may differ, hence its last bits."""
     a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
     np.testing.assert_allclose(a, b, rtol=2.0**-6, atol=2.0**-7 * np.abs(b).max())
 
 
+@large
 @each_family
 def test_more_than_2_31_elements_of_query(family):
     rows, heads, head_dim = 2**18 + 128, 64, 128
@@ -385,6 +390,7 @@ def test_more_than_2_31_elements_of_query(family):
     assert_bitwise_equal([dk[:, :, one], dv[:, :, one]], list(some[2:]))
 
 
+@large
 @each_family
 def test_more_than_2_31_elements_of_key_and_value(family):
     rows, heads, head_dim = 2**18 + 128, 64, 128
@@ -399,6 +405,7 @@ def test_more_than_2_31_elements_of_key_and_value(family):
         assert_bitwise_equal([dk[:, :, one], dv[:, :, one]], list(some[2:]))
 
 
+@large
 @pytest.mark.parametrize(("batch", "heads"), [(71280, 1), (1, 71280), (8300, 16)])
 @each_family
 def test_more_heads_than_a_grid_axis_holds(batch, heads, family):
