@@ -27,6 +27,13 @@ __device__ __forceinline__ void barrier_sync(int barrier, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 }
 
+// The same for warps that meet at different places in the code. bar.sync, the aligned form,
+// promises that all who wait execute one instruction.
+__device__ __forceinline__ void barrier_sync_unaligned(int barrier, int threads) {
+  perturb();
+  asm volatile("barrier.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+}
+
 __device__ __forceinline__ void barrier_arrive(int barrier, int threads) {
   perturb();
   asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");

@@ -252,7 +252,7 @@ struct PairConsumer {
     clear_rows<4>(consumer == 0 ? smem.query(ring.stage) : smem.dout(ring.stage), rows, kQ,
                   thread(), 128);
     ptx::fence_async_shared();
-    ptx::barrier_sync(kBoth, 256);
+    ptx::barrier_sync_unaligned(kBoth, 256);  // the consumers' code differs here
   }
 };
 
