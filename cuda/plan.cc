@@ -145,8 +145,8 @@ ForwardPlan plan_forward(const Device& device, const ForwardProblem& p, int32_t 
   }
   plan.empty = tiles == 0;
   plan.grid = static_cast<uint32_t>(tiles);
-  if (plan.family ==
-      90) {  // blocks that stay, one per multiprocessor, or clusters for a tile each
+  if (plan.family == 90) {
+    // Blocks that stay, one per multiprocessor, or clusters for a tile each.
     plan.grid = static_cast<uint32_t>(std::min<int64_t>(tiles, device.num_sms));
     if (plan.splits > 1) plan.grid = static_cast<uint32_t>(tiles * plan.splits);
     if (sm90::counts_tiles(plan)) plan.workspace_bytes = sm90::kCounterBytes;

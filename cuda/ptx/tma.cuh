@@ -3,10 +3,9 @@
 // PTX ISA 9.7.9.25 to 9.7.9.27, cp.async.bulk, cp.reduce.async.bulk; 9.7.13.4, fence.proxy.
 //
 // Tensor maps have, but where it says otherwise, four axes, [head_dim, length, heads, batch] from
-// the innermost on, a box of 64
-// columns and the 128-byte swizzle: a row of the box has 128 bytes, its 16-byte chunk c lies at
-// chunk c ^ (r % 8). The target of a box lies on a multiple of 1024. What is out of range reads as
-// zero, is not written, and counts as transferred.
+// the innermost on, a box of 64 columns and the 128-byte swizzle: a row of the box has 128 bytes,
+// its 16-byte chunk c lies at chunk c ^ (r % 8). The target of a box lies on a multiple of 1024.
+// What is out of range reads as zero, is not written, and counts as transferred.
 #pragma once
 
 #include <cuda.h>  // CUtensorMap; nothing of the driver is linked

@@ -6,12 +6,13 @@
 #include "sm90/tiles.h"
 
 namespace flash2::sm90 {
-namespace {
 
-bool has_masks(const ForwardProblem& p) {
+bool has_masks(const Problem& p) {
   return p.is_causal || p.window_left != kUnbounded || p.window_right != kUnbounded ||
          p.chunk_size > 0 || p.query_seq_lengths.data || p.key_value_seq_lengths.data;
 }
+
+namespace {
 
 // The tile that serves the problem if heads are not packed.
 int find_tile(const ForwardProblem& p, int32_t head_dim) {

@@ -8,6 +8,9 @@
 
 namespace flash2::sm90 {
 
+// Whether something but the arrays' ends decides which keys a row sees.
+bool has_masks(const Problem& problem);
+
 // Whether the family serves this problem, which breaks no rule, on this device.
 bool serves(const Device& device, const ForwardProblem& problem);
 

@@ -5,18 +5,9 @@
 #include <cstdlib>
 
 #include "sm90/backward_tiles.h"
+#include "sm90/choose.h"
 
 namespace flash2::sm90 {
-namespace {
-
-// Whether some row of a tile of 128 keys may not see all of them.
-bool has_masks(const BackwardProblem& p) {
-  return p.is_causal || p.window_left != kUnbounded || p.window_right != kUnbounded ||
-         p.chunk_size > 0 || p.query_seq_lengths.data || p.key_value_seq_lengths.data ||
-         p.seq_kv % 128 != 0;
-}
-
-}  // namespace
 
 bool serves(const Device& device, const BackwardProblem& p) {
   const bool general = p.soft_cap > 0.0f || p.alibi_slopes.data || p.query_segment_ids.data;
@@ -27,7 +18,9 @@ bool serves(const Device& device, const BackwardProblem& p) {
 
 void choose_tile(const BackwardProblem& p, BackwardPlan* plan) {
   const bool pair = plan->head_dim == 256;
-  const bool masked = has_masks(p) || (pair && p.deterministic);
+  // Whether some row of a tile of 128 keys may not see all of them; of pairs only the kernel with
+  // masks is deterministic.
+  const bool masked = has_masks(p) || p.seq_kv % 128 != 0 || (pair && p.deterministic);
   // At 128 without masks, and at 64, the kernel for it would be no faster.
   const bool deterministic = p.deterministic && masked && plan->head_dim > 64;
   // 80 query rows a step: 4 % faster from 8192 on, slower below. Made for whole panels.
