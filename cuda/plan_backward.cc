@@ -109,6 +109,7 @@ BackwardPlan plan_backward(const Device& device, const BackwardProblem& p, int32
     plan.section = static_cast<int32_t>(std::clamp<int64_t>(kSectionBytes / bytes, 1, heads));
     if (plan.family == 90) {
       plan.section = sm90::section(device, plan, heads, plan.section, p.deterministic);
+      plan.round = sm90::round(device, plan);
     }
   }
   return plan;

@@ -49,7 +49,6 @@ __device__ __forceinline__ void consume_probabilities(const PairConsumer<kTile, 
   Ring<2> ring;
   uint32_t ds_parity = 0;
   PairPlace before(c.params, c.tile);  // of the step before
-  int query_tile = before.query_tile;
 
   const auto start_dquery = [&] {
     ptx::mbarrier_wait(smem.ds_full(), ds_parity);
@@ -60,7 +59,9 @@ __device__ __forceinline__ void consume_probabilities(const PairConsumer<kTile, 
   const auto step = [&](auto is_first) {
     constexpr bool kFirst = decltype(is_first)::value;
     const uint32_t stage = ring.stage;
+    [[maybe_unused]] int query_tile;  // where there are masks
     if constexpr (Consumer::kT.masked) {
+      query_tile = kFirst ? before.query_tile : before.next_query(c.tile);
       if (query_tile == c.tile.end - 1) c.clear_queries(ring, clear);
     }
     ptx::mbarrier_wait(smem.query_full(stage), ring.parity);
@@ -109,7 +110,6 @@ __device__ __forceinline__ void consume_probabilities(const PairConsumer<kTile, 
     ptx::wgmma_fence();
     c.start_gradient(dvalue, probabilities, smem.dout(stage));
     ring.next();
-    query_tile = query_tile == c.tile.begin ? c.tile.end - 1 : query_tile - 1;
   };
 
   ptx::mbarrier_wait(smem.key_full(), 0);
@@ -148,7 +148,8 @@ __device__ __forceinline__ void consume_scores(const PairConsumer<kTile, kType>&
   for (bool first = true; steps > 0; --steps, first = false) {
     const uint32_t stage = ring.stage;
     if constexpr (Consumer::kT.masked) {
-      if (first || before.query_tile == c.tile.begin) c.clear_queries(ring, clear);
+      const int query_tile = first ? before.query_tile : before.next_query(c.tile);
+      if (query_tile == c.tile.end - 1) c.clear_queries(ring, clear);
     }
     ptx::mbarrier_wait(smem.dout_full(stage), ring.parity);
     ptx::wgmma_fence();
@@ -218,10 +219,9 @@ __global__ void __launch_bounds__(kBackwardTiles[kTile].threads(), 1)
                   const __grid_constant__ BackwardParams params) {
   constexpr BackwardTile kT = kBackwardTiles[kTile];
   using Memory = BackwardMemory<kTile>;
-  using Tile = KeyTile<kT.tile_q>;
+  using Tile = KeyTile<kT.tile_q, kT.masked>;
   extern __shared__ __align__(1024) char shared_memory[];
   const Memory smem{ptx::shared_address(shared_memory)};
-  const BackwardProblem& p = params.problem;
   const int group = uniform(threadIdx.x / 128), warp = uniform(threadIdx.x / 32 % 4);
   const int lane = threadIdx.x % 32, rank = uniform(ptx::cluster_rank());
 
@@ -247,11 +247,11 @@ __global__ void __launch_bounds__(kBackwardTiles[kTile].threads(), 1)
   }
   ptx::launch_dependents();
   if (group == 0 && warp == 0) {
-    const Tile made(params, kT.deterministic ? *ticket : blockIdx.x / 2, kT.masked);
+    const Tile made(params, kT.deterministic ? *ticket : blockIdx.x / 2);
     if (lane == 0) tile = made;
   }
   __syncthreads();
-  const int steps = uniform(tile.steps()) * (p.heads_q / p.heads_kv);
+  const int steps = uniform(tile.steps()) * params.group;
 
   if (group == 0) {
     ptx::lower_registers<24>();

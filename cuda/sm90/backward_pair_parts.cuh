@@ -19,25 +19,31 @@
 
 namespace flash2::sm90 {
 
-// A place in the walk: query tiles from the last to the first, head after head of the group.
+// A place in the walk: each query tile for all heads of the group.
 struct PairPlace {
   int query_tile;
+  int left;   // heads, this one counted
   int block;  // of kRowPadding rows: the query tile's place in the workspace
 
   template <class Tile>
   __device__ __forceinline__ PairPlace(const BackwardParams& params, const Tile& tile)
-      : query_tile(tile.end - 1) {
-    const BackwardProblem& p = params.problem;
-    const int head = tile.batch * p.heads_q + tile.head_kv * (p.heads_q / p.heads_kv);
+      : query_tile(tile.first_query()), left(params.group) {
+    const int head = tile.batch * params.problem.heads_q + tile.head_kv * params.group;
     block = head * static_cast<int>(params.row_blocks.value) + query_tile;
+  }
+  template <class Tile>
+  __device__ __forceinline__ int next_query(const Tile& tile) const {
+    return left == 1 ? query_tile + tile.direction() : query_tile;
   }
   // Without a branch: it stands between products. `tile` stays in shared memory, since registers
   // are few.
   template <class Tile>
   __device__ __forceinline__ void next(const BackwardParams& params, const Tile& tile) {
-    const bool turn = query_tile == tile.begin;
-    query_tile = turn ? tile.end - 1 : query_tile - 1;
-    block += turn ? static_cast<int>(params.row_blocks.value) + tile.steps() - 1 : -1;
+    const bool turn = left == 1;
+    const int heads = static_cast<int>(params.row_blocks.value);
+    query_tile = next_query(tile);
+    block += turn ? tile.direction() - (params.group - 1) * heads : heads;
+    left = turn ? params.group : left - 1;
   }
 };
 
@@ -45,7 +51,7 @@ template <int kTile>
 struct PairProducer {
   static constexpr BackwardTile kT = kBackwardTiles[kTile];
   using Memory = BackwardMemory<kTile>;
-  using Tile = KeyTile<kT.tile_q>;
+  using Tile = KeyTile<kT.tile_q, kT.masked>;
 
   const BackwardMaps& maps;
   const BackwardParams& params;
@@ -57,7 +63,7 @@ struct PairProducer {
   __device__ __forceinline__ void run() const {
     const BackwardProblem& p = params.problem;
     const uint64_t keep = ptx::policy_evict_last(), pass = ptx::policy_evict_first();
-    const int steps = tile.steps() * (p.heads_q / p.heads_kv);
+    const int steps = tile.steps() * params.group;
     const int key = tile.first_key() + rank * kT.keys();
     const int other_key = tile.first_key() + (1 - rank) * kT.keys();
     const int key_batch = p.key_stride.batch == 0 ? 0 : tile.batch;
@@ -74,7 +80,7 @@ struct PairProducer {
     }
     ptx::wait_prerequisites();
     Ring<2> ring;
-    int head = tile.head_kv * (p.heads_q / p.heads_kv), query_tile = tile.end - 1;
+    int head = tile.head_kv * params.group, query_tile = tile.first_query();
 #pragma unroll 1
     for (int step = 0; step < steps; ++step) {
       load(ring, maps.query, smem.query(ring.stage), smem.query_full(ring.stage),
@@ -91,9 +97,9 @@ struct PairProducer {
            smem.dout_empty(ring.stage), smem.delta(ring.stage), maps.delta, head, query_tile,
            p.dout_stride, keep);
       ring.next();
-      if (--query_tile < tile.begin) {
-        query_tile = tile.end - 1;
-        ++head;
+      if (++head == (tile.head_kv + 1) * params.group) {
+        head -= params.group;
+        query_tile += tile.direction();
       }
     }
   }
@@ -126,7 +132,7 @@ struct PairTurns {
 
   const BackwardParams& params;
   BackwardMemory<kTile> smem;
-  const KeyTile<kT.tile_q>& tile;
+  const KeyTile<kT.tile_q, kT.masked>& tile;
   int rank, consumer;
 
   // By one thread.
@@ -155,7 +161,7 @@ struct PairConsumer {
   static constexpr int kD = kT.head_dim, kQ = kT.tile_q, kPanel = 64 * 128;
   static constexpr int kBoth = 1;  // named barriers: of both consumers, and of each
   using Memory = BackwardMemory<kTile>;
-  using Tile = KeyTile<kT.tile_q>;
+  using Tile = KeyTile<kT.tile_q, kT.masked>;
 
   const BackwardParams& params;
   Memory smem;

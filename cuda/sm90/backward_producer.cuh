@@ -20,7 +20,7 @@ template <int kTile>
 struct BackwardProducer {
   static constexpr BackwardTile kT = kBackwardTiles[kTile];
   using Memory = BackwardMemory<kTile>;
-  using Tile = KeyTile<kT.tile_q>;
+  using Tile = KeyTile<kT.tile_q, kT.masked>;
 
   const BackwardMaps& maps;
   const BackwardParams& params;
@@ -35,7 +35,7 @@ struct BackwardProducer {
     keep = ptx::policy_evict_last();
     pass = ptx::policy_evict_first();
     const uint32_t count = params.heads * params.tiles_kv;
-    const int group = p.heads_q / p.heads_kv;
+    const int group = params.group;
     Ring<2> ring;
     uint32_t parity = 1;  // of `empty` of K and V
     bool fresh = true;
@@ -43,7 +43,7 @@ struct BackwardProducer {
       ptx::mbarrier_wait_warp(smem.tile_empty(ring.stage), ring.parity ^ 1);
       Tile& tile = tiles[ring.stage];
       if (number < count) {
-        const Tile made(params, number, kT.masked);
+        const Tile made(params, number);
         if (leader) tile = made;
       } else if (leader) {
         tile.block = -1;
@@ -60,7 +60,7 @@ struct BackwardProducer {
         ptx::wait_prerequisites();
       }
       const int steps = tile.steps() * group;
-      int head = tile.head_kv * group, query_tile = tile.end - 1;
+      int head = tile.head_kv * group, query_tile = tile.first_query();
 #pragma unroll 1
       for (int step = 0; step == 0 || step < steps; ++step) {
         if (step < steps)
@@ -82,7 +82,7 @@ struct BackwardProducer {
         }
         if (++head == (tile.head_kv + 1) * group) {
           head -= group;
-          --query_tile;
+          query_tile += tile.direction();
         }
       }
       fresh = false;
@@ -144,7 +144,7 @@ struct BackwardStorer {
   static constexpr bool kByRows = kT.tile_q == 128;
   static constexpr bool kInTurns = kT.deterministic;
   using Memory = BackwardMemory<kTile>;
-  using Tile = KeyTile<kT.tile_q>;
+  using Tile = KeyTile<kT.tile_q, kT.masked>;
 
   const BackwardParams& params;
   Memory smem;
@@ -154,14 +154,15 @@ struct BackwardStorer {
 
   __device__ __forceinline__ void run(const BackwardMaps& maps) {
     const BackwardProblem& p = params.problem;
-    const int group = p.heads_q / p.heads_kv;
+    const int group = params.group;
     Ring<2> ring;
     ptx::wait_prerequisites();  // before the first look at a flag
     for (;;) {
       ptx::mbarrier_wait(smem.tile_full(ring.stage), ring.parity);
       const Tile& tile = tiles[ring.stage];
       if (tile.block < 0) break;
-      for (int query_tile = tile.end - 1; query_tile >= tile.begin; --query_tile) {
+      int query_tile = tile.first_query();
+      for (int n = tile.steps(); n > 0; --n, query_tile += tile.direction()) {
 #pragma unroll 1
         for (int head = 0; head < group; ++head, ++step) {
           if (mine()) add(tile, query_tile, head + tile.head_kv * group);

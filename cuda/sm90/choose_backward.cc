@@ -83,6 +83,10 @@ int32_t section(const Device& device, const BackwardPlan& plan, int64_t heads, i
   return static_cast<int32_t>(best);
 }
 
+int32_t round(const Device& device, const BackwardPlan& plan) {
+  return device.num_sms / kBackwardTiles[plan.variant].blocks;
+}
+
 int64_t grid(const Device& device, const BackwardPlan& plan, int64_t tiles) {
   // Pairs take one tile each; single blocks stay, one per multiprocessor.
   const bool pair = kBackwardTiles[plan.variant].blocks == 2;

@@ -20,6 +20,9 @@ bool finishes_inside(const BackwardProblem& problem, const BackwardPlan& plan);
 int32_t section(const Device& device, const BackwardPlan& plan, int64_t heads, int64_t cached,
                 bool deterministic);
 
+// Key tiles that are at work at once.
+int32_t round(const Device& device, const BackwardPlan& plan);
+
 // Blocks of the main kernel for this many key tiles.
 int64_t grid(const Device& device, const BackwardPlan& plan, int64_t tiles);
 

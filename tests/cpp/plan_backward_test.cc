@@ -182,6 +182,21 @@ CASE(backward_on_hopper_walks_heads_in_like_sections) {
   CHECK(plan_backward(kH100, p).section == 1, "");
 }
 
+// Every second round of tiles walks the other way.
+CASE(backward_on_hopper_counts_the_tiles_at_work) {
+  const auto round = [](int32_t head_dim, bool causal, int32_t window) {
+    BackwardProblem p = problem(head_dim, 8192, 8192, 1, 16, 16);
+    p.is_causal = causal;
+    p.window_left = window;
+    return plan_backward(kH100, p).round;
+  };
+  for (int32_t head_dim : {64, 128, 256}) {
+    CHECK(round(head_dim, true, kUnbounded) == 132 / (head_dim == 256 ? 2 : 1), head_dim);
+    CHECK(round(head_dim, false, kUnbounded) == INT32_MAX, "tiles of one length");
+    CHECK(round(head_dim, true, 600) == INT32_MAX, "tiles of one length");
+  }
+}
+
 // A query tile's dQ is made when the last of its key tiles has added, which must be plain to see.
 CASE(backward_on_hopper_makes_the_gradient_inside_where_it_can_count) {
   const auto check = [&](bool inside, const char* what, void (*set)(BackwardProblem&)) {
