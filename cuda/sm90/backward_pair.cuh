@@ -34,7 +34,7 @@ namespace flash2::sm90 {
 // Consumer 0: S^T, P^T, dV. The products of dV and dQ of a step run beside the scores of the next.
 template <int kTile, DataType kType>
 __device__ __forceinline__ void consume_probabilities(const PairConsumer<kTile, kType>& c,
-                                                      float (&dvalue)[128], int steps) {
+                                                      float (&dvalue)[128]) {
   using Consumer = PairConsumer<kTile, kType>;
   const auto& smem = c.smem;
   const BackwardProblem& p = c.params.problem;
@@ -48,7 +48,7 @@ __device__ __forceinline__ void consume_probabilities(const PairConsumer<kTile, 
   uint32_t probabilities[4][4];
   Ring<2> ring;
   uint32_t ds_parity = 0;
-  PairPlace before(c.params, c.tile);  // of the step before
+  PairPlace before(c.params, c.walk);  // of the step before
 
   const auto start_dquery = [&] {
     ptx::mbarrier_wait(smem.ds_full(), ds_parity);
@@ -59,10 +59,9 @@ __device__ __forceinline__ void consume_probabilities(const PairConsumer<kTile, 
   const auto step = [&](auto is_first) {
     constexpr bool kFirst = decltype(is_first)::value;
     const uint32_t stage = ring.stage;
-    [[maybe_unused]] int query_tile;  // where there are masks
+    const int query_tile = kFirst ? before.query_tile : before.next_query(c.walk);
     if constexpr (Consumer::kT.masked) {
-      query_tile = kFirst ? before.query_tile : before.next_query(c.tile);
-      if (query_tile == c.tile.end - 1) c.clear_queries(ring, clear);
+      if (clear < Consumer::kQ && query_tile == c.tile.end - 1) c.clear_queries(ring, clear);
     }
     ptx::mbarrier_wait(smem.query_full(stage), ring.parity);
     ptx::wgmma_fence();
@@ -88,7 +87,7 @@ __device__ __forceinline__ void consume_probabilities(const PairConsumer<kTile, 
       ptx::pin(dquery);
       c.release(smem.ds_empty());
       c.add_dquery(dquery, before, ds_parity ^ 1);
-      before.next(c.params, c.tile);
+      before.next(c.params, c.walk);
       // Nobody reads dS any more, and the copy to the other block has left.
       ptx::mbarrier_wait(smem.ds_empty(), ds_parity ^ 1);
     }
@@ -115,7 +114,7 @@ __device__ __forceinline__ void consume_probabilities(const PairConsumer<kTile, 
   ptx::mbarrier_wait(smem.key_full(), 0);
   step(Yes{});
 #pragma unroll 1
-  while (--steps > 0) step(No{});
+  for (int left = c.walk.steps - 1; left > 0; --left) step(No{});
   start_dquery();
   ptx::wgmma_wait<0>();
   ptx::pin(dquery);
@@ -126,7 +125,7 @@ __device__ __forceinline__ void consume_probabilities(const PairConsumer<kTile, 
 // Consumer 1: dP^T, dS^T, dK. The products of dK and dQ of a step run beside the dP^T of the next.
 template <int kTile, DataType kType>
 __device__ __forceinline__ void consume_scores(const PairConsumer<kTile, kType>& c,
-                                               float (&dkey)[128], int steps) {
+                                               float (&dkey)[128]) {
   using Consumer = PairConsumer<kTile, kType>;
   const auto& smem = c.smem;
   const int clear = uniform(c.tile.clear_rows(c.params.problem));
@@ -138,18 +137,21 @@ __device__ __forceinline__ void consume_scores(const PairConsumer<kTile, kType>&
   uint32_t ds[4][4];
   Ring<2> ring;
   uint32_t ds_parity = 0, p_parity = 0;
-  PairPlace before(c.params, c.tile);  // of the step before
+  PairPlace before(c.params, c.walk);  // of the step before
 
   ptx::mbarrier_wait(smem.value_full(), 0);
   ptx::mbarrier_wait(smem.key_full(), 0);
   // The first step computes a dQ from whatever lies in dS and drops it: without it, in a copy of
   // the step, ptxas finds too few registers and serialises every product (C7512).
+  bool first = true;
 #pragma unroll 1
-  for (bool first = true; steps > 0; --steps, first = false) {
+  for (int left = c.walk.steps; left > 0; --left, first = false) {
     const uint32_t stage = ring.stage;
     if constexpr (Consumer::kT.masked) {
-      const int query_tile = first ? before.query_tile : before.next_query(c.tile);
-      if (query_tile == c.tile.end - 1) c.clear_queries(ring, clear);
+      if (clear < Consumer::kQ) {
+        const int query_tile = first ? before.query_tile : before.next_query(c.walk);
+        if (query_tile == c.tile.end - 1) c.clear_queries(ring, clear);
+      }
     }
     ptx::mbarrier_wait(smem.dout_full(stage), ring.parity);
     ptx::wgmma_fence();
@@ -169,7 +171,7 @@ __device__ __forceinline__ void consume_scores(const PairConsumer<kTile, kType>&
     if (!first) {
       c.release(smem.ds_empty());
       c.add_dquery(dquery, before, ds_parity ^ 1);
-      before.next(c.params, c.tile);
+      before.next(c.params, c.walk);
     }
     ptx::mbarrier_wait(smem.p_full(), p_parity);
     p_parity ^= 1;
@@ -251,29 +253,29 @@ __global__ void __launch_bounds__(kBackwardTiles[kTile].threads(), 1)
     if (lane == 0) tile = made;
   }
   __syncthreads();
-  const int steps = uniform(tile.steps()) * params.group;
+  const PairWalk walk(params, tile);
 
   if (group == 0) {
     ptx::lower_registers<24>();
-    if (warp == 0 && lane == 0) PairProducer<kTile>{maps, params, smem, tile, rank}.run();
+    if (warp == 0 && lane == 0) PairProducer<kTile>{maps, params, smem, tile, walk, rank}.run();
     if constexpr (kT.deterministic) {
       if (warp > 0 && warp < 3 && lane == 0) {
-        PairTurns<kTile>{params, smem, tile, rank, warp - 1}.run(steps);
+        PairTurns<kTile>{params, smem, tile, walk, rank, warp - 1}.run();
       }
     }
   } else {
     ptx::raise_registers<240>();
     const int consumer = group - 1;
-    const PairConsumer<kTile, kType> c{params, smem, tile, rank, consumer};
+    const PairConsumer<kTile, kType> c{params, smem, tile, walk, rank, consumer};
     float gradient[128];  // dV of consumer 0, dK of consumer 1
 #pragma unroll
     for (int i = 0; i < 128; ++i) gradient[i] = 0.0f;
-    if (steps > 0) {
+    if (walk.steps > 0) {
       if constexpr (kT.masked) c.clear_keys();
       if (consumer == 0) {
-        consume_probabilities(c, gradient, steps);
+        consume_probabilities(c, gradient);
       } else {
-        consume_scores(c, gradient, steps);
+        consume_scores(c, gradient);
       }
     }
     // dV goes over V and dK over K, once both consumers are past their last read of them.

@@ -19,31 +19,41 @@
 
 namespace flash2::sm90 {
 
-// A place in the walk: each query tile for all heads of the group.
-struct PairPlace {
-  int query_tile;
-  int left;   // heads, this one counted
-  int block;  // of kRowPadding rows: the query tile's place in the workspace
+// A tile's walk, in uniform registers; taken by whole warps.
+struct PairWalk {
+  int steps;
+  int first_query;
+  int direction;
+  int head_end;  // of the group, counted through all batch entries
 
   template <class Tile>
-  __device__ __forceinline__ PairPlace(const BackwardParams& params, const Tile& tile)
-      : query_tile(tile.first_query()), left(params.group) {
-    const int head = tile.batch * params.problem.heads_q + tile.head_kv * params.group;
-    block = head * static_cast<int>(params.row_blocks.value) + query_tile;
+  __device__ __forceinline__ PairWalk(const BackwardParams& params, const Tile& tile)
+      : steps(uniform(tile.steps()) * params.group),
+        first_query(uniform(tile.first_query())),
+        direction(uniform(tile.direction())),
+        head_end(uniform(tile.batch) * params.problem.heads_q +
+                 (uniform(tile.head_kv) + 1) * params.group) {}
+};
+
+// A place in it: each query tile for all heads of the group.
+struct PairPlace {
+  int query_tile;
+  int left;  // heads, this one counted
+
+  __device__ __forceinline__ PairPlace(const BackwardParams& params, const PairWalk& walk)
+      : query_tile(walk.first_query), left(params.group) {}
+
+  // The query tile's place in the workspace, in blocks of kRowPadding rows.
+  __device__ __forceinline__ int block(const BackwardParams& params, const PairWalk& walk) const {
+    return (walk.head_end - left) * static_cast<int>(params.row_blocks.value) + query_tile;
   }
-  template <class Tile>
-  __device__ __forceinline__ int next_query(const Tile& tile) const {
-    return left == 1 ? query_tile + tile.direction() : query_tile;
+  __device__ __forceinline__ int next_query(const PairWalk& walk) const {
+    return left == 1 ? query_tile + walk.direction : query_tile;
   }
-  // Without a branch: it stands between products. `tile` stays in shared memory, since registers
-  // are few.
-  template <class Tile>
-  __device__ __forceinline__ void next(const BackwardParams& params, const Tile& tile) {
-    const bool turn = left == 1;
-    const int heads = static_cast<int>(params.row_blocks.value);
-    query_tile = next_query(tile);
-    block += turn ? tile.direction() - (params.group - 1) * heads : heads;
-    left = turn ? params.group : left - 1;
+  // Without a branch: it stands between products.
+  __device__ __forceinline__ void next(const BackwardParams& params, const PairWalk& walk) {
+    query_tile = next_query(walk);
+    left = left == 1 ? params.group : left - 1;
   }
 };
 
@@ -57,18 +67,18 @@ struct PairProducer {
   const BackwardParams& params;
   Memory smem;
   const Tile& tile;
+  const PairWalk& walk;
   int rank;
 
   // By one thread of each block, which brings panels 2 rank and 2 rank + 1 of Q and dO to both.
   __device__ __forceinline__ void run() const {
     const BackwardProblem& p = params.problem;
     const uint64_t keep = ptx::policy_evict_last(), pass = ptx::policy_evict_first();
-    const int steps = tile.steps() * params.group;
     const int key = tile.first_key() + rank * kT.keys();
     const int other_key = tile.first_key() + (1 - rank) * kT.keys();
     const int key_batch = p.key_stride.batch == 0 ? 0 : tile.batch;
     const int value_batch = p.value_stride.batch == 0 ? 0 : tile.batch;
-    if (steps == 0) return;
+    if (walk.steps == 0) return;
     ptx::mbarrier_arrive_expect(smem.key_full(), kT.kv_bytes() + kT.kv_bytes() / 2);
     for (int panel = 0; panel < kT.panels(); ++panel) {
       ptx::tma_load(smem.key() + panel * Memory::kKeyPanel, &maps.key, smem.key_full(), panel * 64,
@@ -80,9 +90,9 @@ struct PairProducer {
     }
     ptx::wait_prerequisites();
     Ring<2> ring;
-    int head = tile.head_kv * params.group, query_tile = tile.first_query();
+    int head = tile.head_kv * params.group, query_tile = walk.first_query;
 #pragma unroll 1
-    for (int step = 0; step < steps; ++step) {
+    for (int step = 0; step < walk.steps; ++step) {
       load(ring, maps.query, smem.query(ring.stage), smem.query_full(ring.stage),
            smem.query_empty(ring.stage), smem.lse2(ring.stage), maps.lse2, head, query_tile,
            p.query_stride, keep);
@@ -99,7 +109,7 @@ struct PairProducer {
       ring.next();
       if (++head == (tile.head_kv + 1) * params.group) {
         head -= params.group;
-        query_tile += tile.direction();
+        query_tile += walk.direction;
       }
     }
   }
@@ -133,23 +143,26 @@ struct PairTurns {
   const BackwardParams& params;
   BackwardMemory<kTile> smem;
   const KeyTile<kT.tile_q, kT.masked>& tile;
+  const PairWalk& walk;
   int rank, consumer;
 
   // By one thread.
-  __device__ __forceinline__ void run(int steps) const {
+  __device__ __forceinline__ void run() const {
     const BackwardProblem& p = params.problem;
-    PairPlace at(params, tile);
+    PairPlace at(params, walk);
+    int steps = walk.steps;
     ptx::wait_prerequisites();
 #pragma unroll 1
     for (uint32_t parity = 0; steps > 0; --steps, parity ^= 1) {
-      int32_t* turn = params.turns + int64_t{at.block} * (kRowPadding / 16) + 2 * rank + consumer;
+      int32_t* turn = params.turns + int64_t{at.block(params, walk)} * (kRowPadding / 16) +
+                      2 * rank + consumer;
       const int before = tile.visitors_before(p, at.query_tile);
       while (ptx::load_acquire(turn) < before) {
       }
       ptx::mbarrier_arrive(smem.dquery_empty(consumer));
       ptx::mbarrier_wait(smem.dquery_full(consumer), parity);
       ptx::add_release(turn, 1);
-      at.next(params, tile);
+      at.next(params, walk);
     }
   }
 };
@@ -166,6 +179,7 @@ struct PairConsumer {
   const BackwardParams& params;
   Memory smem;
   const Tile& tile;
+  const PairWalk& walk;
   int rank, consumer;
 
   // Made anew from the thread's number wherever they are needed: registers are few.
@@ -222,7 +236,7 @@ struct PairConsumer {
     const BackwardProblem& p = params.problem;
     const int blocks = p.head_dim / 8 - 8 * quarter();  // of 8 columns, that exist
     float* to = params.dquery_sums + 16 * warp() * p.head_dim + quarter() * 1024 + lane() * 4 +
-                int64_t{at.block} * (kRowPadding * p.head_dim);
+                int64_t{at.block(params, walk)} * (kRowPadding * p.head_dim);
     if constexpr (kT.deterministic) ptx::mbarrier_wait(smem.dquery_empty(consumer), parity);
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
@@ -252,7 +266,6 @@ struct PairConsumer {
   }
   // Rows of the last query tile of each head, likewise: consumer 0 those of Q, consumer 1 of dO.
   __device__ __forceinline__ void clear_queries(const Ring<2>& ring, int rows) const {
-    if (rows >= kQ) return;
     ptx::mbarrier_wait(smem.query_full(ring.stage), ring.parity);
     ptx::mbarrier_wait(smem.dout_full(ring.stage), ring.parity);
     clear_rows<4>(consumer == 0 ? smem.query(ring.stage) : smem.dout(ring.stage), rows, kQ,
