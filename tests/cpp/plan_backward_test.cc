@@ -184,16 +184,20 @@ CASE(backward_on_hopper_walks_heads_in_like_sections) {
 
 // Every second round of tiles walks the other way.
 CASE(backward_on_hopper_counts_the_tiles_at_work) {
-  const auto round = [](int32_t head_dim, bool causal, int32_t window) {
-    BackwardProblem p = problem(head_dim, 8192, 8192, 1, 16, 16);
+  const auto round = [](int32_t head_dim, bool causal, int32_t window, bool deterministic = false,
+                        int32_t heads_kv = 16) {
+    BackwardProblem p = problem(head_dim, 8192, 8192, 1, 16, heads_kv);
     p.is_causal = causal;
     p.window_left = window;
+    p.deterministic = deterministic;
     return plan_backward(kH100, p).round;
   };
   for (int32_t head_dim : {64, 128, 256}) {
     CHECK(round(head_dim, true, kUnbounded) == 132 / (head_dim == 256 ? 2 : 1), head_dim);
     CHECK(round(head_dim, false, kUnbounded) == INT32_MAX, "tiles of one length");
     CHECK(round(head_dim, true, 600) == INT32_MAX, "tiles of one length");
+    CHECK(round(head_dim, true, kUnbounded, true) == INT32_MAX, "tiles in turn");
+    CHECK(round(head_dim, true, kUnbounded, true, 2) <= 132, "tiles in turn, of groups");
   }
 }
 
