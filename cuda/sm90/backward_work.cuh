@@ -50,6 +50,11 @@ struct KeyTile {
     return kMasked && upward ? begin : end - 1;
   }
   __device__ __forceinline__ int direction() const { return kMasked && upward ? 1 : -1; }
+  // The head of the group that comes first at each query tile. Where nobody waits for others, key
+  // tiles that are in step had better not all add to the same sums.
+  __device__ __forceinline__ int first_of_group(const BackwardParams& params) const {
+    return params.first_stores ? 0 : block % params.group;
+  }
   // Rows of the last query tile at or past this, counted in it, hold what the call must not see.
   __device__ __forceinline__ int clear_rows(const Problem& p) const {
     return q_length < min(end * kTileQ, p.seq_q) ? q_length - (end - 1) * kTileQ : kTileQ;

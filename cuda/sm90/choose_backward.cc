@@ -8,6 +8,26 @@
 #include "sm90/choose.h"
 
 namespace flash2::sm90 {
+namespace {
+
+// Whether the first key tile at a query tile stores its sums of dQ, and nobody writes zeros
+// before. Single blocks in step wait for that one at each query tile, which costs up to 7 % of
+// long walks; writing zeros takes as long whatever the length. Head_dim 64 and unmasked tiles wait
+// less.
+bool first_stores(const BackwardProblem& p, int32_t head_dim, bool masked) {
+  if (head_dim == 256) return false;
+  if (p.deterministic || p.window_left != kUnbounded || p.window_right != kUnbounded ||
+      p.chunk_size > 0) {
+    return true;
+  }
+  const int64_t tiles = p.seq_kv / 128;
+  // In groups all add to the same sums besides, unless nobody waits: KeyTile::first_of_group.
+  if (p.heads_q >= 4 * p.heads_kv) return tiles < 64;
+  if (head_dim == 128) return tiles < (masked ? 64 : 128);
+  return !masked || tiles < 128;
+}
+
+}  // namespace
 
 bool serves(const Device& device, const BackwardProblem& p) {
   const bool general = p.soft_cap > 0.0f || p.alibi_slopes.data || p.query_segment_ids.data;
@@ -39,7 +59,7 @@ void choose_tile(const BackwardProblem& p, BackwardPlan* plan) {
     plan->stages = 2;
     plan->block = tile.threads();
     plan->smem_bytes = tile.smem_bytes();
-    plan->first_stores = !pair;
+    plan->first_stores = first_stores(p, plan->head_dim, masked);
     plan->transposed_sums = tile.transposed();
   }
 }

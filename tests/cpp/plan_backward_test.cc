@@ -242,6 +242,34 @@ CASE(backward_on_hopper_has_kernels_for_deterministic_sums) {
   CHECK(variant(64, true, true) == variant(64, true, false), "64");
 }
 
+CASE(backward_on_hopper_writes_zeros_where_single_blocks_walk_far) {
+  const auto check = [](int32_t head_dim, int32_t seq_kv, bool causal, int32_t group,
+                        bool stores) {
+    BackwardProblem p = problem(head_dim, seq_kv, seq_kv, 1, 16, 16 / group);
+    p.is_causal = causal;
+    CHECK(plan_backward(kH100, p).first_stores == stores,
+          show(kH100, p) << ", causal " << causal << ", group of " << group);
+    p.deterministic = true;
+    CHECK(plan_backward(kH100, p).first_stores, show(kH100, p) << ", deterministic");
+    p.deterministic = false;
+    p.window_left = 512;
+    CHECK(plan_backward(kH100, p).first_stores, show(kH100, p) << ", a window");
+  };
+  check(128, 4096, true, 1, true);
+  check(128, 8192, true, 1, false);
+  check(128, 8192, false, 1, true);
+  check(128, 16384, false, 1, false);
+  check(64, 8192, true, 1, true);
+  check(64, 16384, true, 1, false);
+  check(64, 16384, false, 1, true);
+  for (int32_t head_dim : {64, 128}) {
+    for (bool causal : {false, true}) {
+      check(head_dim, 4096, causal, 8, true);
+      check(head_dim, 8192, causal, 8, false);
+    }
+  }
+}
+
 CASE(backward_on_hopper_leaves_the_rest_to_sm80) {
   const auto check = [&](const char* what, void (*set)(BackwardProblem&)) {
     BackwardProblem p = problem();
