@@ -8,6 +8,16 @@
 #include "sm90/choose.h"
 
 namespace flash2::sm90 {
+namespace {
+
+// Whether the first key tile at a query tile stores its sums, and nobody writes zeros before.
+// Single blocks always do so. Pairs are in step then, all adding to the same sums at the same
+// time, which costs more than zeros where walks are long.
+bool first_stores(const BackwardProblem& p, bool pair, bool masked) {
+  return !pair || p.seq_q <= (masked ? 2048 : 1024);
+}
+
+}  // namespace
 
 bool serves(const Device& device, const BackwardProblem& p) {
   const bool general = p.soft_cap > 0.0f || p.alibi_slopes.data || p.query_segment_ids.data;
@@ -18,18 +28,19 @@ bool serves(const Device& device, const BackwardProblem& p) {
 
 void choose_tile(const BackwardProblem& p, BackwardPlan* plan) {
   const bool pair = plan->head_dim == 256;
-  // Whether some row of a tile of 128 keys may not see all of them; of pairs only the kernel with
-  // masks is deterministic.
-  const bool masked = has_masks(p) || p.seq_kv % 128 != 0 || (pair && p.deterministic);
-  // At 128 without masks, and at 64, the kernel for it would be no faster.
-  const bool deterministic = p.deterministic && masked && plan->head_dim > 64;
+  // Whether some row of a tile of 128 keys may not see all of them.
+  const bool masked = has_masks(p) || p.seq_kv % 128 != 0;
+  // Elsewhere a kernel for it would be no faster.
+  const bool deterministic = p.deterministic && masked && plan->head_dim == 128;
   // 80 query rows a step: 4 % faster from 8192 on, slower below. Made for whole panels.
   const bool large = plan->head_dim == 128 && !masked && p.seq_q >= kLongRows &&
                      p.head_dim == 128 && !p.dscale_rows;
+  const bool first = first_stores(p, pair, masked);
+  const bool turns = pair && (first || p.deterministic);
   for (int i = 0; i < kBackwardTileCount; ++i) {
     const BackwardTile& tile = kBackwardTiles[i];
     if (tile.head_dim != plan->head_dim || tile.masked != masked ||
-        tile.deterministic != deterministic || tile.transposed() != large) {
+        tile.deterministic != deterministic || tile.turns != turns || tile.transposed() != large) {
       continue;
     }
     plan->family = 90;
@@ -39,7 +50,7 @@ void choose_tile(const BackwardProblem& p, BackwardPlan* plan) {
     plan->stages = 2;
     plan->block = tile.threads();
     plan->smem_bytes = tile.smem_bytes();
-    plan->first_stores = !pair;
+    plan->first_stores = first;
     plan->transposed_sums = tile.transposed();
   }
 }
@@ -84,13 +95,12 @@ int32_t section(const Device& device, const BackwardPlan& plan, int64_t heads, i
 }
 
 int32_t round(const Device& device, const BackwardPlan& plan) {
-  return device.num_sms / kBackwardTiles[plan.variant].blocks;
+  return std::max(device.num_sms / kBackwardTiles[plan.variant].blocks, 1);
 }
 
 int64_t grid(const Device& device, const BackwardPlan& plan, int64_t tiles) {
-  // Pairs take one tile each; single blocks stay, one per multiprocessor.
-  const bool pair = kBackwardTiles[plan.variant].blocks == 2;
-  return pair ? 2 * tiles : std::min<int64_t>(tiles, device.num_sms);
+  // They stay, one block per multiprocessor.
+  return kBackwardTiles[plan.variant].blocks * std::min<int64_t>(tiles, round(device, plan));
 }
 
 }  // namespace flash2::sm90
