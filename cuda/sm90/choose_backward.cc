@@ -11,17 +11,17 @@ namespace flash2::sm90 {
 namespace {
 
 // Whether the first key tile at a query tile stores its sums of dQ, and nobody writes zeros
-// before. Single blocks in step wait for that one at each query tile, which costs up to 7 % of
-// long walks; writing zeros takes as long whatever the length. Head_dim 64 and unmasked tiles wait
-// less.
+// before. All others that are in step wait for it then, which costs up to 7 % of long walks; the
+// zeros take as long whatever the length of a walk. Deterministic single blocks wait for their
+// turn anyway, and of local ones few are at work at the same query tile.
 bool first_stores(const BackwardProblem& p, int32_t head_dim, bool masked) {
-  if (head_dim == 256) return false;
+  if (head_dim == 256) return p.seq_q <= (masked ? 2048 : 1024);
   if (p.deterministic || p.window_left != kUnbounded || p.window_right != kUnbounded ||
       p.chunk_size > 0) {
     return true;
   }
   const int64_t tiles = p.seq_kv / 128;
-  // In groups all add to the same sums besides, unless nobody waits: KeyTile::first_of_group.
+  // A group's add to the same sums besides, unless nobody waits: KeyTile::first_of_group.
   if (p.heads_q >= 4 * p.heads_kv) return tiles < 64;
   if (head_dim == 128) return tiles < (masked ? 64 : 128);
   return !masked || tiles < 128;
@@ -38,18 +38,19 @@ bool serves(const Device& device, const BackwardProblem& p) {
 
 void choose_tile(const BackwardProblem& p, BackwardPlan* plan) {
   const bool pair = plan->head_dim == 256;
-  // Whether some row of a tile of 128 keys may not see all of them; of pairs only the kernel with
-  // masks is deterministic.
-  const bool masked = has_masks(p) || p.seq_kv % 128 != 0 || (pair && p.deterministic);
-  // At 128 without masks, and at 64, the kernel for it would be no faster.
-  const bool deterministic = p.deterministic && masked && plan->head_dim > 64;
+  // Whether some row of a tile of 128 keys may not see all of them.
+  const bool masked = has_masks(p) || p.seq_kv % 128 != 0;
+  // Elsewhere a kernel for it would be no faster.
+  const bool deterministic = p.deterministic && masked && plan->head_dim == 128;
   // 80 query rows a step: 4 % faster from 8192 on, slower below. Made for whole panels.
   const bool large = plan->head_dim == 128 && !masked && p.seq_q >= kLongRows &&
                      p.head_dim == 128 && !p.dscale_rows;
+  const bool first = first_stores(p, plan->head_dim, masked);
+  const bool turns = pair && (first || p.deterministic);
   for (int i = 0; i < kBackwardTileCount; ++i) {
     const BackwardTile& tile = kBackwardTiles[i];
     if (tile.head_dim != plan->head_dim || tile.masked != masked ||
-        tile.deterministic != deterministic || tile.transposed() != large) {
+        tile.deterministic != deterministic || tile.turns != turns || tile.transposed() != large) {
       continue;
     }
     plan->family = 90;
@@ -59,7 +60,7 @@ void choose_tile(const BackwardProblem& p, BackwardPlan* plan) {
     plan->stages = 2;
     plan->block = tile.threads();
     plan->smem_bytes = tile.smem_bytes();
-    plan->first_stores = first_stores(p, plan->head_dim, masked);
+    plan->first_stores = first;
     plan->transposed_sums = tile.transposed();
   }
 }
@@ -104,13 +105,12 @@ int32_t section(const Device& device, const BackwardPlan& plan, int64_t heads, i
 }
 
 int32_t round(const Device& device, const BackwardPlan& plan) {
-  return device.num_sms / kBackwardTiles[plan.variant].blocks;
+  return std::max(device.num_sms / kBackwardTiles[plan.variant].blocks, 1);
 }
 
 int64_t grid(const Device& device, const BackwardPlan& plan, int64_t tiles) {
-  // Pairs take one tile each; single blocks stay, one per multiprocessor.
-  const bool pair = kBackwardTiles[plan.variant].blocks == 2;
-  return pair ? 2 * tiles : std::min<int64_t>(tiles, device.num_sms);
+  // They stay, one block per multiprocessor.
+  return kBackwardTiles[plan.variant].blocks * std::min<int64_t>(tiles, round(device, plan));
 }
 
 }  // namespace flash2::sm90
