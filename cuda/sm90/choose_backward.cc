@@ -20,11 +20,10 @@ bool first_stores(const BackwardProblem& p, int32_t head_dim, bool masked) {
       p.chunk_size > 0) {
     return true;
   }
-  const int64_t tiles = p.seq_kv / 128;
   // A group's add to the same sums besides, unless nobody waits: KeyTile::first_of_group.
-  if (p.heads_q >= 4 * p.heads_kv) return tiles < 64;
-  if (head_dim == 128) return tiles < (masked ? 64 : 128);
-  return !masked || tiles < 128;
+  const bool crowded = p.heads_q >= 4 * p.heads_kv || (head_dim == 128 && masked);
+  const int64_t few = head_dim == 128 ? 64 : 128;  // key tiles of a head
+  return p.seq_kv / 128 < (crowded ? few / 2 : few);
 }
 
 }  // namespace

@@ -185,8 +185,8 @@ CASE(backward_on_hopper_walks_heads_in_like_sections) {
 // Every second round of tiles walks the other way.
 CASE(backward_on_hopper_counts_the_tiles_at_work) {
   const auto round = [](int32_t head_dim, bool causal, int32_t window, bool deterministic = false,
-                        int32_t heads_kv = 16) {
-    BackwardProblem p = problem(head_dim, 8192, 8192, 1, 16, heads_kv);
+                        int32_t heads_kv = 16, int32_t seq = 16384) {
+    BackwardProblem p = problem(head_dim, seq, seq, 1, 16, heads_kv);
     p.is_causal = causal;
     p.window_left = window;
     p.deterministic = deterministic;
@@ -198,6 +198,9 @@ CASE(backward_on_hopper_counts_the_tiles_at_work) {
     CHECK(round(head_dim, true, 600) == INT32_MAX, "tiles of one length");
     CHECK(round(head_dim, true, kUnbounded, true) == INT32_MAX, "tiles in turn");
     CHECK(round(head_dim, true, kUnbounded, true, 2) <= 132, "tiles in turn, of groups");
+    CHECK((round(head_dim, true, kUnbounded, false, 16, 1024) <= 132) == (head_dim == 256),
+          "tiles that wait for the first");
+    CHECK(round(head_dim, true, kUnbounded, false, 2, 1024) <= 132, "the same of groups");
   }
 }
 
@@ -270,18 +273,17 @@ CASE(backward_on_hopper_writes_zeros_where_single_blocks_walk_far) {
     p.window_left = 512;
     CHECK(plan_backward(kH100, p).first_stores, show(kH100, p) << ", a window");
   };
-  check(128, 4096, true, 1, true);
-  check(128, 8192, true, 1, false);
-  check(128, 8192, false, 1, true);
-  check(128, 16384, false, 1, false);
-  check(64, 8192, true, 1, true);
-  check(64, 16384, true, 1, false);
-  check(64, 16384, false, 1, true);
-  for (int32_t head_dim : {64, 128}) {
-    for (bool causal : {false, true}) {
-      check(head_dim, 4096, causal, 8, true);
-      check(head_dim, 8192, causal, 8, false);
-    }
+  check(128, 2048, true, 1, true);
+  check(128, 4096, true, 1, false);
+  check(128, 4096, false, 1, true);
+  check(128, 8192, false, 1, false);
+  for (bool causal : {false, true}) {
+    check(64, 8192, causal, 1, true);
+    check(64, 16384, causal, 1, false);
+    check(128, 2048, causal, 8, true);
+    check(128, 4096, causal, 8, false);
+    check(64, 4096, causal, 8, true);
+    check(64, 8192, causal, 8, false);
   }
 }
 
