@@ -75,13 +75,14 @@ bool finishes_inside(const BackwardProblem& p, const BackwardPlan& plan) {
 }
 
 int32_t section(const Device& device, const BackwardPlan& plan, int64_t heads, int64_t cached,
-                bool deterministic) {
+                bool grouped, bool deterministic) {
   const int64_t workers = device.num_sms / kBackwardTiles[plan.variant].blocks;
   const int64_t tiles = plan.tiles_kv;
   // Some eight tiles of a head at work at once share its Q and dO, and wait little for their turn.
   const int64_t eighth = std::max<int64_t>(workers / 8, 1);
   int64_t target;
-  if (tiles <= eighth) {  // all of a head's tiles at once
+  // All of a head's tiles at once; but of groups two rounds, the second of which meets too.
+  if (tiles <= eighth && (!grouped || deterministic)) {
     target = std::max(eighth, (workers + tiles / 2) / tiles);
   } else {
     // The longest tile should not take longer than a worker's share of the section, of which the

@@ -168,6 +168,10 @@ CASE(backward_on_hopper_walks_heads_in_like_sections) {
   // All tiles of a short head at once.
   CHECK(section(128, 512, 512) == 32 && section(128, 1024, 256) == 16, section(128, 512, 512));
   CHECK(section(256, 1024, 128) == 8, section(256, 1024, 128));
+  // But of groups two rounds of tiles.
+  CHECK(section(256, 1024, 16, 8) == 16 && section(256, 512, 64, 8) == 32, "groups of 8");
+  CHECK(section(128, 1024, 32, 8) == 32 && section(64, 1024, 128, 8) == 32, "groups of 8");
+  CHECK(section(256, 1024, 16, 8, true) == 8, "in turn");
   // Where they wait for their turn, few of a head.
   CHECK(section(128, 8192, 32, 1, true) == 16, section(128, 8192, 32, 1, true));
   // The last section ends with one tile if it is smaller than the others.
