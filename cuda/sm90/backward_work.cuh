@@ -8,7 +8,8 @@
 // Under a causal mask that holds for tiles that begin together: the first round of a section, as
 // many tiles as are at work at once. Those of the second begin one by one as the first ones end,
 // the shortest first, and take the longest of what is left, so they all end together: they go from
-// the first query tile, at the diagonal, to the last, and thereby meet. So on in turn.
+// the first query tile, at the diagonal, to the last, and thereby meet. So on in turn, where the
+// plan wants it (BackwardPlan::round).
 //
 // A tile waits for the sums of such alone as have a smaller number, hence started before it: the
 // order of its own walk is free.
