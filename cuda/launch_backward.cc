@@ -64,7 +64,9 @@ int launch_backward(const BackwardProblem& problem, const BackwardPlan& plan, vo
                         divisor(plan.section * plan.tiles_kv),
                         divisor(problem.heads_kv),
                         divisor(w.rows_per_head / kRowPadding),
-                        divisor(problem.heads_q)};
+                        divisor(problem.heads_q),
+                        divisor(plan.round),
+                        problem.heads_q / std::max(problem.heads_kv, 1)};
   void* arguments[] = {&params};
   // `early`: may begin, as far as it waits by itself, before the kernel before it has ended.
   const auto rows = [&](const void* kernel, int threads, bool early) {

@@ -75,6 +75,8 @@ struct BackwardParams {
   Divisor heads_kv;
   Divisor row_blocks;  // kRowPadding rows each, per query head
   Divisor heads_q;
+  Divisor round;  // of key tiles at work at once
+  int32_t group;  // query heads per key head
 };
 
 }  // namespace flash2

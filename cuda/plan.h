@@ -98,6 +98,7 @@ struct BackwardPlan {
   int32_t stages = 0;         // pairs of Q and dO in shared memory
   int32_t tiles_kv = 0;       // key tiles per head
   int32_t section = 1;        // as in the forward, of key heads
+  int32_t round = INT32_MAX;  // sm90: key tiles at work at once, where the order of walks turns
   uint32_t grid = 0;          // blocks of the main kernel; 0: no keys
   uint32_t block = 0;         // its threads
   uint32_t smem_bytes = 0;    // its shared memory

@@ -108,7 +108,13 @@ BackwardPlan plan_backward(const Device& device, const BackwardProblem& p, int32
         1, int64_t{p.seq_q} * (6 * p.head_dim + 2 * p.head_dim_v) * p.heads_q / p.heads_kv);
     plan.section = static_cast<int32_t>(std::clamp<int64_t>(kSectionBytes / bytes, 1, heads));
     if (plan.family == 90) {
-      plan.section = sm90::section(device, plan, heads, plan.section, p.deterministic);
+      const bool grouped = p.heads_q > p.heads_kv;
+      plan.section = sm90::section(device, plan, heads, plan.section, grouped, p.deterministic);
+      // Where tiles wait for others the second round had better not come together, except of
+      // groups, whose Q, dO and sums no cache would hold otherwise. (Pairs that wait for the first
+      // tile, not for their turn, lose nothing by it.)
+      const bool waits = p.deterministic || (plan.first_stores && plan.head_dim < 256);
+      if (!waits || grouped) plan.round = sm90::round(device, plan);
     }
   }
   return plan;

@@ -14,20 +14,21 @@ namespace flash2 {
 // tile of each of its heads in turn. From head `last` on, all that are left are one section.
 struct SectionPlace {
   uint32_t head;
-  uint32_t turn;  // tiles of this head that come before
+  uint32_t turn;   // tiles of this head that come before
+  uint32_t place;  // tiles of this section that come before
 
   __device__ __forceinline__ SectionPlace(uint32_t index, uint32_t tiles, uint32_t heads,
                                           const Divisor& section, const Divisor& section_tiles,
                                           uint32_t last = ~0u) {
     const uint32_t first = min(section_tiles.divide(index) * section.value, last);
-    const uint32_t rest = index - first * tiles;
+    place = index - first * tiles;
     uint32_t count = section.value;
-    turn = section.divide(rest);
+    turn = section.divide(place);
     if (first == last || count > heads - first) {  // the last section has another size
       count = heads - first;
-      turn = rest / count;
+      turn = place / count;
     }
-    head = first + rest - turn * count;
+    head = first + place - turn * count;
   }
 };
 

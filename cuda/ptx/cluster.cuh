@@ -27,8 +27,13 @@ __device__ __forceinline__ uint32_t peer_address(uint32_t shared, uint32_t rank)
   return peer;
 }
 
-__device__ __forceinline__ void store_peer(uint32_t peer, uint32_t value) {
-  asm volatile("st.shared::cluster.b32 [%0], %1;" ::"r"(peer), "r"(value) : "memory");
+// Stores, and completes 4 bytes of what the barrier beside `peer`, in the same block, expects.
+__device__ __forceinline__ void store_peer_async(uint32_t peer, uint32_t value,
+                                                 uint32_t peer_barrier) {
+  asm volatile(
+      "st.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];" ::"r"(peer),
+      "r"(value), "r"(peer_barrier)
+      : "memory");
 }
 
 __device__ __forceinline__ float2 load_peer_8(uint32_t peer) {

@@ -22,10 +22,10 @@
 namespace flash2::sm90 {
 
 template <int kTile, DataType kType>
-__device__ __forceinline__ void consume(const BackwardParams& params,
-                                        const BackwardMemory<kTile>& smem,
-                                        const KeyTile<kBackwardTiles[kTile].tile_q>* tiles,
-                                        int consumer, int warp) {
+__device__ __forceinline__ void consume(
+    const BackwardParams& params, const BackwardMemory<kTile>& smem,
+    const KeyTile<kBackwardTiles[kTile].tile_q, kBackwardTiles[kTile].masked>* tiles, int consumer,
+    int warp) {
   constexpr BackwardTile kT = kBackwardTiles[kTile];
   constexpr int kD = kT.head_dim, kQ = kT.tile_q, kKeys = kT.tile_kv();
   constexpr int kQueryPanel = kQ * 128, kKeyPanel = kKeys * 128;
@@ -160,7 +160,7 @@ __device__ __forceinline__ void consume(const BackwardParams& params,
     const auto& tile = tiles[tile_ring.stage];
     if (uniform(tile.block) < 0) break;
     const int begin = uniform(tile.begin), end = uniform(tile.end);
-    const int group = p.heads_q / p.heads_kv;
+    const int group = params.group;
     const float factor = tile.scale * kLog2E;
 #pragma unroll
     for (int i = 0; i < kD / 2; ++i) dkey[i] = dvalue[i] = 0.0f;
@@ -180,37 +180,34 @@ __device__ __forceinline__ void consume(const BackwardParams& params,
         ptx::fence_async_shared();
         ptx::barrier_sync(kBoth, 256);
       }
-      // The cut tiles above the whole ones and those, then the cut ones below; each for all heads.
-      int query_tile = end - 1, left = group;
-      if (rows < kQ && begin < end) {
-#pragma unroll 1
-        for (int n = group; n > 0; --n) {
-          ptx::mbarrier_wait(smem.query_full(ring.stage), ring.parity);
-          clear_rows<kD / 64>(smem.query(ring.stage), rows, kQ, all, 256);
-          ptx::mbarrier_wait(smem.dout_full(ring.stage), ring.parity);
-          clear_rows<kD / 64>(smem.dout(ring.stage), rows, kQ, all, 256);
-          ptx::fence_async_shared();
-          ptx::barrier_sync(kBoth, 256);
-          step(query_tile, Yes{}, tile, factor);
-        }
-        --query_tile;
-      }
+      // The cut tiles before the whole ones and those, then the cut ones after them; each for all
+      // heads.
+      const int whole = whole_end - whole_begin, direction = tile.direction();
+      int query_tile = tile.first_query(), left = group;
 #pragma unroll 1
       for (int half = 0; half < 2; ++half) {
-        const int cut_until = half == 0 ? whole_end : begin;
+        const bool below = (half == 0) == (direction > 0);
+        const int cut = below ? whole_begin - begin : end - whole_end;
 #pragma unroll 1
-        for (int steps = group * (query_tile + 1 - cut_until); steps > 0; --steps) {
+        for (int n = group * cut; n > 0; --n) {
+          if (rows < kQ && query_tile == end - 1) {
+            ptx::mbarrier_wait(smem.query_full(ring.stage), ring.parity);
+            clear_rows<kD / 64>(smem.query(ring.stage), rows, kQ, all, 256);
+            ptx::mbarrier_wait(smem.dout_full(ring.stage), ring.parity);
+            clear_rows<kD / 64>(smem.dout(ring.stage), rows, kQ, all, 256);
+            ptx::fence_async_shared();
+            ptx::barrier_sync(kBoth, 256);
+          }
           step(query_tile, Yes{}, tile, factor);
           if (--left == 0) {
             left = group;
-            --query_tile;
+            query_tile += direction;
           }
         }
         if (half == 0) {
-          const int steps = group * (query_tile + 1 - whole_begin);
-          if (steps > 0) query_tile = whole_begin - 1;
+          query_tile += direction * whole;
 #pragma unroll 1
-          for (int n = steps; n > 0; --n) step(0, No{}, tile, factor);
+          for (int n = group * whole; n > 0; --n) step(0, No{}, tile, factor);
         }
       }
     } else {

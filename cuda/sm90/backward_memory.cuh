@@ -65,7 +65,7 @@ struct BackwardMemory {
   __device__ __forceinline__ uint32_t dout_empty(uint32_t stage) const {
     return barrier(10 + stage);
   }
-  // One: of the key tile that the producer writes.
+  // Of the key tile that the producer writes.
   __device__ __forceinline__ uint32_t tile_full(uint32_t stage) const {
     return barrier(12 + stage);
   }
@@ -87,14 +87,27 @@ struct BackwardMemory {
 
   // Where there is a finisher: of its sums.
   __device__ __forceinline__ uint32_t sums_full() const { return barrier(25); }
+  // Pair: of the next key tile's number; `empty`, in block 0: block 1 has read it.
+  __device__ __forceinline__ uint32_t number_full() const { return barrier(26); }
+  __device__ __forceinline__ uint32_t number_empty() const { return barrier(27); }
+  // No barriers: that number, and whether a consumer's dQ is the first of its sums.
+  __device__ __forceinline__ uint32_t number() const { return barrier(28); }
+  __device__ __forceinline__ uint32_t is_first(int consumer) const {
+    return barrier(29) + 4 * consumer;
+  }
 
   // By one thread; a barrier of the block (of the cluster) follows.
   __device__ __forceinline__ void init_barriers() const {
-    constexpr int kConsumerWarps = 8, kStorerWarps = 2;
+    constexpr int kConsumerWarps = 8;
+    constexpr bool kPair = kT.blocks == 2;
+    // Pair: those that wait for turns. Its gradients leave through K and V, which are free when
+    // one thread has seen the last of them read.
+    constexpr int kStorerWarps = kPair && !kT.turns ? 0 : 2;
+    constexpr int kLastReaders = kPair ? 1 : kConsumerWarps;
     ptx::mbarrier_init(key_full(), 1);
-    ptx::mbarrier_init(key_empty(), kConsumerWarps);
+    ptx::mbarrier_init(key_empty(), kLastReaders);
     ptx::mbarrier_init(value_full(), 1);
-    ptx::mbarrier_init(value_empty(), kConsumerWarps);
+    ptx::mbarrier_init(value_empty(), kLastReaders);
     for (int i = 0; i < 2; ++i) {
       ptx::mbarrier_init(query_full(i), 1);
       ptx::mbarrier_init(query_empty(i), kT.blocks * kConsumerWarps);
@@ -107,6 +120,8 @@ struct BackwardMemory {
       ptx::mbarrier_init(dquery_empty(i), 1);
     }
     ptx::mbarrier_init(p_full(), 4);
+    ptx::mbarrier_init(number_full(), 1);
+    ptx::mbarrier_init(number_empty(), 1);
     ptx::mbarrier_init(sums_full(), 1);
     ptx::mbarrier_init(ds_full(), 1);
     ptx::mbarrier_init(ds_empty(), kT.blocks * kConsumerWarps);

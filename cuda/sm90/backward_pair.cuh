@@ -34,7 +34,7 @@ namespace flash2::sm90 {
 // Consumer 0: S^T, P^T, dV. The products of dV and dQ of a step run beside the scores of the next.
 template <int kTile, DataType kType>
 __device__ __forceinline__ void consume_probabilities(const PairConsumer<kTile, kType>& c,
-                                                      float (&dvalue)[128], int steps) {
+                                                      float (&dvalue)[128], Ring<2>& ring) {
   using Consumer = PairConsumer<kTile, kType>;
   const auto& smem = c.smem;
   const BackwardProblem& p = c.params.problem;
@@ -46,22 +46,20 @@ __device__ __forceinline__ void consume_probabilities(const PairConsumer<kTile, 
   const uint32_t p_to = transposed_row(smem.ds(0) + c.rank * Consumer::kPanel, c.warp(), c.lane());
   float s[32], dquery[32];
   uint32_t probabilities[4][4];
-  Ring<2> ring;
-  uint32_t ds_parity = 0;
-  PairPlace before(c.params, c.tile);  // of the step before
-  int query_tile = before.query_tile;
+  PairPlace before(c.params, c.walk);  // of the step before
 
+  // Of the step before the one at ring.stage. What comes once a step has the parity of its stage.
   const auto start_dquery = [&] {
-    ptx::mbarrier_wait(smem.ds_full(), ds_parity);
-    ds_parity ^= 1;
+    ptx::mbarrier_wait(smem.ds_full(), ring.stage ^ 1);
     ptx::wgmma_fence();
     c.start_dquery(dquery);
   };
   const auto step = [&](auto is_first) {
     constexpr bool kFirst = decltype(is_first)::value;
     const uint32_t stage = ring.stage;
+    const int query_tile = kFirst ? before.query_tile : before.next_query(c.walk);
     if constexpr (Consumer::kT.masked) {
-      if (query_tile == c.tile.end - 1) c.clear_queries(ring, clear);
+      if (clear < Consumer::kQ && query_tile == c.tile.end - 1) c.clear_queries(ring, clear);
     }
     ptx::mbarrier_wait(smem.query_full(stage), ring.parity);
     ptx::wgmma_fence();
@@ -86,11 +84,11 @@ __device__ __forceinline__ void consume_probabilities(const PairConsumer<kTile, 
       ptx::wgmma_wait<0>();
       ptx::pin(dquery);
       c.release(smem.ds_empty());
-      c.add_dquery(dquery, before, ds_parity ^ 1);
-      before.next(c.params, c.tile);
-      // Nobody reads dS any more, and the copy to the other block has left.
-      ptx::mbarrier_wait(smem.ds_empty(), ds_parity ^ 1);
+      c.add_dquery(dquery, before, stage ^ 1);
+      before.next(c.params, c.walk);
     }
+    // Nobody reads dS any more, and the copy to the other block has left.
+    ptx::mbarrier_wait(smem.ds_empty(), stage ^ 1);
     // float16 whatever the type: it fits the scaled P best. By an instruction of its own: words
     // that also were an operand of dV would be registers too many (C7512).
 #pragma unroll
@@ -109,24 +107,24 @@ __device__ __forceinline__ void consume_probabilities(const PairConsumer<kTile, 
     ptx::wgmma_fence();
     c.start_gradient(dvalue, probabilities, smem.dout(stage));
     ring.next();
-    query_tile = query_tile == c.tile.begin ? c.tile.end - 1 : query_tile - 1;
   };
 
-  ptx::mbarrier_wait(smem.key_full(), 0);
   step(Yes{});
 #pragma unroll 1
-  while (--steps > 0) step(No{});
+  for (int left = c.walk.steps - 1; left > 0; --left) step(No{});
   start_dquery();
   ptx::wgmma_wait<0>();
   ptx::pin(dquery);
   ptx::pin(dvalue);
-  c.add_dquery(dquery, before, ds_parity ^ 1);
+  c.release(smem.dout_empty(ring.stage ^ 1));
+  c.release(smem.ds_empty());
+  c.add_dquery(dquery, before, ring.stage ^ 1);
 }
 
 // Consumer 1: dP^T, dS^T, dK. The products of dK and dQ of a step run beside the dP^T of the next.
 template <int kTile, DataType kType>
 __device__ __forceinline__ void consume_scores(const PairConsumer<kTile, kType>& c,
-                                               float (&dkey)[128], int steps) {
+                                               float (&dkey)[128], Ring<2>& ring) {
   using Consumer = PairConsumer<kTile, kType>;
   const auto& smem = c.smem;
   const int clear = uniform(c.tile.clear_rows(c.params.problem));
@@ -136,19 +134,19 @@ __device__ __forceinline__ void consume_scores(const PairConsumer<kTile, kType>&
   const uint32_t peer_full = ptx::peer_address(smem.ds_full(), 1 - c.rank);
   float dp[32], dquery[32];
   uint32_t ds[4][4];
-  Ring<2> ring;
-  uint32_t ds_parity = 0, p_parity = 0;
-  PairPlace before(c.params, c.tile);  // of the step before
+  PairPlace before(c.params, c.walk);  // of the step before
 
-  ptx::mbarrier_wait(smem.value_full(), 0);
-  ptx::mbarrier_wait(smem.key_full(), 0);
   // The first step computes a dQ from whatever lies in dS and drops it: without it, in a copy of
   // the step, ptxas finds too few registers and serialises every product (C7512).
+  bool first = true;
 #pragma unroll 1
-  for (bool first = true; steps > 0; --steps, first = false) {
+  for (int left = c.walk.steps; left > 0; --left, first = false) {
     const uint32_t stage = ring.stage;
     if constexpr (Consumer::kT.masked) {
-      if (first || before.query_tile == c.tile.begin) c.clear_queries(ring, clear);
+      if (clear < Consumer::kQ) {
+        const int query_tile = first ? before.query_tile : before.next_query(c.walk);
+        if (query_tile == c.tile.end - 1) c.clear_queries(ring, clear);
+      }
     }
     ptx::mbarrier_wait(smem.dout_full(stage), ring.parity);
     ptx::wgmma_fence();
@@ -156,8 +154,7 @@ __device__ __forceinline__ void consume_scores(const PairConsumer<kTile, kType>&
     ptx::wgmma_wait<1>();  // dK of the step before
     if (!first) {
       c.release(smem.query_empty(stage ^ 1));
-      ptx::mbarrier_wait(smem.ds_full(), ds_parity);
-      ds_parity ^= 1;
+      ptx::mbarrier_wait(smem.ds_full(), stage ^ 1);
     }
     ptx::wgmma_fence();
     c.start_dquery(dquery);
@@ -167,11 +164,10 @@ __device__ __forceinline__ void consume_scores(const PairConsumer<kTile, kType>&
     ptx::pin(dquery);
     if (!first) {
       c.release(smem.ds_empty());
-      c.add_dquery(dquery, before, ds_parity ^ 1);
-      before.next(c.params, c.tile);
+      c.add_dquery(dquery, before, stage ^ 1);
+      before.next(c.params, c.walk);
     }
-    ptx::mbarrier_wait(smem.p_full(), p_parity);
-    p_parity ^= 1;
+    ptx::mbarrier_wait(smem.p_full(), stage);
     const uint32_t deltas = smem.delta(stage) + c.lane() % 4 * 8;
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
@@ -203,13 +199,66 @@ __device__ __forceinline__ void consume_scores(const PairConsumer<kTile, kType>&
     c.start_gradient(dkey, ds, smem.query(stage));
     ring.next();
   }
-  ptx::mbarrier_wait(smem.ds_full(), ds_parity);
+  ptx::mbarrier_wait(smem.ds_full(), ring.stage ^ 1);
   ptx::wgmma_fence();
   c.start_dquery(dquery);
   ptx::wgmma_wait<0>();
   ptx::pin(dquery);
   ptx::pin(dkey);
-  c.add_dquery(dquery, before, ds_parity);
+  c.release(smem.query_empty(ring.stage ^ 1));
+  c.release(smem.ds_empty());
+  c.add_dquery(dquery, before, ring.stage ^ 1);
+}
+
+// All tiles of a consumer.
+template <int kTile, DataType kType, int kConsumer>
+__device__ __forceinline__ void consume_tiles(
+    const BackwardMaps& maps, const BackwardParams& params, const BackwardMemory<kTile>& smem,
+    const typename PairConsumer<kTile, kType>::Tile* tiles, int rank) {
+  using Consumer = PairConsumer<kTile, kType>;
+  constexpr BackwardTile kT = Consumer::kT;
+  const CUtensorMap* map = kConsumer == 0 ? &maps.dvalue : &maps.dkey;
+  Ring<2> ring, tile_ring;
+#pragma unroll 1
+  for (;;) {
+    ptx::mbarrier_wait(smem.tile_full(tile_ring.stage), tile_ring.parity);
+    const auto& tile = tiles[tile_ring.stage];
+    if (uniform(tile.block) < 0) break;
+    const PairWalk walk(params, tile);
+    const Consumer c{params, smem, tile, walk, rank, kConsumer};
+    float gradient[128];  // dV or dK
+#pragma unroll
+    for (int i = 0; i < 128; ++i) gradient[i] = 0.0f;
+    ptx::mbarrier_wait(smem.key_full(), tile_ring.stage);
+    ptx::mbarrier_wait(smem.value_full(), tile_ring.stage);
+    if (walk.steps > 0) {
+      if constexpr (kT.masked) c.clear_keys();
+      if constexpr (kConsumer == 0) {
+        consume_probabilities(c, gradient, ring);
+      } else {
+        consume_scores(c, gradient, ring);
+      }
+    }
+    // dV goes over V and dK over K, once both consumers are past their last read of them.
+    ptx::barrier_sync_unaligned(c.kBoth, 256);
+    const uint32_t place = kConsumer == 0 ? smem.value() : smem.key();
+    store_rows<kType, kT.head_dim>(gradient, place, Consumer::Memory::kKeyPanel, c.warp(),
+                                   c.lane(), kConsumer == 0 ? kProbabilityUnit : tile.scale);
+    ptx::fence_async_shared();
+    ptx::barrier_sync(c.own(), 128);
+    if (c.thread() == 0) {
+      for (int panel = 0; panel < kT.panels(); ++panel) {
+        ptx::tma_store(map, place + panel * Consumer::Memory::kKeyPanel, panel * 64,
+                       tile.first_key() + rank * kT.keys(), tile.head_kv, tile.batch);
+      }
+      ptx::bulk_commit();
+      ptx::bulk_wait_read<0>();
+      ptx::mbarrier_arrive(kConsumer == 0 ? smem.value_empty() : smem.key_empty());
+    }
+    __syncwarp();
+    if (c.lane() == 0) ptx::mbarrier_arrive(smem.tile_empty(tile_ring.stage));
+    tile_ring.next();
+  }
 }
 
 template <int kTile, DataType kType>
@@ -218,79 +267,34 @@ __global__ void __launch_bounds__(kBackwardTiles[kTile].threads(), 1)
                   const __grid_constant__ BackwardParams params) {
   constexpr BackwardTile kT = kBackwardTiles[kTile];
   using Memory = BackwardMemory<kTile>;
-  using Tile = KeyTile<kT.tile_q>;
+  using Tile = KeyTile<kT.tile_q, kT.masked>;
   extern __shared__ __align__(1024) char shared_memory[];
   const Memory smem{ptx::shared_address(shared_memory)};
-  const BackwardProblem& p = params.problem;
   const int group = uniform(threadIdx.x / 128), warp = uniform(threadIdx.x / 32 % 4);
   const int lane = threadIdx.x % 32, rank = uniform(ptx::cluster_rank());
 
-  Tile& tile = *reinterpret_cast<Tile*>(shared_memory + Memory::tile_offset(0));
-  uint32_t* ticket = reinterpret_cast<uint32_t*>(shared_memory + Memory::tile_offset(1));
+  Tile* tiles = reinterpret_cast<Tile*>(shared_memory + Memory::tile_offset(0));
   if (threadIdx.x == 0) smem.init_barriers();
   __syncwarp();
   ptx::cluster_arrive();
   ptx::cluster_wait();
-  // A block that waits for its turn must be sure that those before it are running: tiles are
-  // taken in the order in which pairs begin.
-  if constexpr (kT.deterministic) {
-    if (threadIdx.x == 0 && rank == 0) {
-      ptx::wait_prerequisites();
-      const uint32_t number = atomicAdd(params.ticket, 1);
-      for (int r = 0; r < 2; ++r) {
-        ptx::store_peer(ptx::peer_address(ptx::shared_address(ticket), r), number);
-      }
-    }
-    __syncwarp();
-    ptx::cluster_arrive();
-    ptx::cluster_wait();
-  }
   ptx::launch_dependents();
-  if (group == 0 && warp == 0) {
-    const Tile made(params, kT.deterministic ? *ticket : blockIdx.x / 2, kT.masked);
-    if (lane == 0) tile = made;
-  }
-  __syncthreads();
-  const int steps = uniform(tile.steps()) * (p.heads_q / p.heads_kv);
 
   if (group == 0) {
     ptx::lower_registers<24>();
-    if (warp == 0 && lane == 0) PairProducer<kTile>{maps, params, smem, tile, rank}.run();
-    if constexpr (kT.deterministic) {
-      if (warp > 0 && warp < 3 && lane == 0) {
-        PairTurns<kTile>{params, smem, tile, rank, warp - 1}.run(steps);
-      }
+    if (warp == 0) {
+      PairProducer<kTile>{maps, params, smem, tiles, rank, lane == 0}.run();
+    } else if (kT.turns && warp < 3) {
+      PairTurns<kTile>{params, smem, tiles, rank, warp - 1, lane == 0}.run();
     }
   } else {
     ptx::raise_registers<240>();
-    const int consumer = group - 1;
-    const PairConsumer<kTile, kType> c{params, smem, tile, rank, consumer};
-    float gradient[128];  // dV of consumer 0, dK of consumer 1
-#pragma unroll
-    for (int i = 0; i < 128; ++i) gradient[i] = 0.0f;
-    if (steps > 0) {
-      if constexpr (kT.masked) c.clear_keys();
-      if (consumer == 0) {
-        consume_probabilities(c, gradient, steps);
-      } else {
-        consume_scores(c, gradient, steps);
-      }
-    }
-    // dV goes over V and dK over K, once both consumers are past their last read of them.
-    ptx::barrier_sync(c.kBoth, 256);
-    const uint32_t place = consumer == 0 ? smem.value() : smem.key();
-    store_rows<kType, kT.head_dim>(gradient, place, Memory::kKeyPanel, warp, lane,
-                                   consumer == 0 ? kProbabilityUnit : tile.scale);
-    ptx::fence_async_shared();
-    ptx::barrier_sync(c.own(), 128);
-    if (warp == 0 && lane == 0) {
-      for (int panel = 0; panel < kT.panels(); ++panel) {
-        ptx::tma_store(consumer == 0 ? &maps.dvalue : &maps.dkey,
-                       place + panel * Memory::kKeyPanel, panel * 64,
-                       tile.first_key() + rank * kT.keys(), tile.head_kv, tile.batch);
-      }
-      ptx::bulk_commit();
-      ptx::bulk_wait<0>();
+    // A loop of its own for each: what one keeps in registers over its tiles the other has none
+    // for.
+    if (group == 1) {
+      consume_tiles<kTile, kType, 0>(maps, params, smem, tiles, rank);
+    } else {
+      consume_tiles<kTile, kType, 1>(maps, params, smem, tiles, rank);
     }
   }
   // No block may leave while its peer can still write to it or arrive on its barriers.

@@ -19,91 +19,170 @@
 
 namespace flash2::sm90 {
 
-// A place in the walk: query tiles from the last to the first, head after head of the group.
-struct PairPlace {
-  int query_tile;
-  int block;  // of kRowPadding rows: the query tile's place in the workspace
+// A tile's walk, in uniform registers; taken by whole warps.
+struct PairWalk {
+  int steps;
+  int first_query;
+  int direction;
+  int head_end;  // of the group, counted through all batch entries
 
   template <class Tile>
-  __device__ __forceinline__ PairPlace(const BackwardParams& params, const Tile& tile)
-      : query_tile(tile.end - 1) {
-    const BackwardProblem& p = params.problem;
-    const int head = tile.batch * p.heads_q + tile.head_kv * (p.heads_q / p.heads_kv);
-    block = head * static_cast<int>(params.row_blocks.value) + query_tile;
+  __device__ __forceinline__ PairWalk(const BackwardParams& params, const Tile& tile)
+      : steps(uniform(tile.steps()) * params.group),
+        first_query(uniform(tile.first_query())),
+        direction(uniform(tile.direction())),
+        head_end(uniform(tile.batch) * params.problem.heads_q +
+                 (uniform(tile.head_kv) + 1) * params.group) {}
+};
+
+// A place in it: each query tile for all heads of the group.
+struct PairPlace {
+  int query_tile;
+  int left;  // heads, this one counted
+
+  __device__ __forceinline__ PairPlace(const BackwardParams& params, const PairWalk& walk)
+      : query_tile(walk.first_query), left(params.group) {}
+
+  // The query tile's place in the workspace, in blocks of kRowPadding rows.
+  __device__ __forceinline__ int block(const BackwardParams& params, const PairWalk& walk) const {
+    return (walk.head_end - left) * static_cast<int>(params.row_blocks.value) + query_tile;
   }
-  // Without a branch: it stands between products. `tile` stays in shared memory, since registers
-  // are few.
-  template <class Tile>
-  __device__ __forceinline__ void next(const BackwardParams& params, const Tile& tile) {
-    const bool turn = query_tile == tile.begin;
-    query_tile = turn ? tile.end - 1 : query_tile - 1;
-    block += turn ? static_cast<int>(params.row_blocks.value) + tile.steps() - 1 : -1;
+  __device__ __forceinline__ int next_query(const PairWalk& walk) const {
+    return left == 1 ? query_tile + walk.direction : query_tile;
+  }
+  // Without a branch: it stands between products.
+  __device__ __forceinline__ void next(const BackwardParams& params, const PairWalk& walk) {
+    query_tile = next_query(walk);
+    left = left == 1 ? params.group : left - 1;
   }
 };
 
+// A whole warp of each block. It takes the tiles; its first lane starts the copies, of Q and dO
+// panels 2 rank and 2 rank + 1, which go to both blocks.
 template <int kTile>
 struct PairProducer {
   static constexpr BackwardTile kT = kBackwardTiles[kTile];
   using Memory = BackwardMemory<kTile>;
-  using Tile = KeyTile<kT.tile_q>;
+  using Tile = KeyTile<kT.tile_q, kT.masked>;
 
   const BackwardMaps& maps;
   const BackwardParams& params;
   Memory smem;
-  const Tile& tile;
+  Tile* tiles;  // two, in shared memory
   int rank;
+  bool leader;
+  uint64_t keep, pass;  // policies of the L2 cache: Q and dO are read again, K and V are not
+  Ring<2> ring;         // of Q and dO
+  uint32_t parity = 1;  // of `empty` of K and V
 
-  // By one thread of each block, which brings panels 2 rank and 2 rank + 1 of Q and dO to both.
-  __device__ __forceinline__ void run() const {
-    const BackwardProblem& p = params.problem;
-    const uint64_t keep = ptx::policy_evict_last(), pass = ptx::policy_evict_first();
-    const int steps = tile.steps() * (p.heads_q / p.heads_kv);
-    const int key = tile.first_key() + rank * kT.keys();
-    const int other_key = tile.first_key() + (1 - rank) * kT.keys();
-    const int key_batch = p.key_stride.batch == 0 ? 0 : tile.batch;
-    const int value_batch = p.value_stride.batch == 0 ? 0 : tile.batch;
-    if (steps == 0) return;
-    ptx::mbarrier_arrive_expect(smem.key_full(), kT.kv_bytes() + kT.kv_bytes() / 2);
-    for (int panel = 0; panel < kT.panels(); ++panel) {
-      ptx::tma_load(smem.key() + panel * Memory::kKeyPanel, &maps.key, smem.key_full(), panel * 64,
-                    key, tile.head_kv, key_batch, pass);
-    }
-    for (int i = 0; i < 2; ++i) {
-      ptx::tma_load(smem.other_key() + i * Memory::kKeyPanel, &maps.key, smem.key_full(),
-                    (2 * rank + i) * 64, other_key, tile.head_kv, key_batch, pass);
-    }
+  __device__ __forceinline__ void run() {
+    keep = ptx::policy_evict_last();
+    pass = ptx::policy_evict_first();
+    const uint32_t count = params.heads * params.tiles_kv;
+    Ring<2> tile_ring;
     ptx::wait_prerequisites();
-    Ring<2> ring;
-    int head = tile.head_kv * (p.heads_q / p.heads_kv), query_tile = tile.end - 1;
 #pragma unroll 1
-    for (int step = 0; step < steps; ++step) {
-      load(ring, maps.query, smem.query(ring.stage), smem.query_full(ring.stage),
-           smem.query_empty(ring.stage), smem.lse2(ring.stage), maps.lse2, head, query_tile,
-           p.query_stride, keep);
-      if (step == 0) {
-        ptx::mbarrier_arrive_expect(smem.value_full(), kT.kv_bytes());
-        for (int panel = 0; panel < kT.panels(); ++panel) {
-          ptx::tma_load(smem.value() + panel * Memory::kKeyPanel, &maps.value, smem.value_full(),
-                        panel * 64, key, tile.head_kv, value_batch, pass);
-        }
+    for (uint32_t parity_of_number = 0;; parity_of_number ^= 1) {
+      // As late as possible, as with single blocks. Who waits for sums must be sure that those
+      // before are at work: the first tiles too are taken in the order in which pairs begin.
+      const uint32_t number = take(parity_of_number);
+      ptx::mbarrier_wait_warp(smem.tile_empty(tile_ring.stage), tile_ring.parity ^ 1);
+      Tile& tile = tiles[tile_ring.stage];
+      if (number < count) {
+        const Tile made(params, number);
+        if (leader) tile = made;
+      } else if (leader) {
+        tile.block = -1;
       }
-      load(ring, maps.dout, smem.dout(ring.stage), smem.dout_full(ring.stage),
-           smem.dout_empty(ring.stage), smem.delta(ring.stage), maps.delta, head, query_tile,
-           p.dout_stride, keep);
-      ring.next();
-      if (--query_tile < tile.begin) {
-        query_tile = tile.end - 1;
-        ++head;
-      }
+      __syncwarp();
+      if (leader) ptx::mbarrier_arrive(smem.tile_full(tile_ring.stage));
+      tile_ring.next();
+      if (number >= count) break;
+      if (leader) load(tile);
+      __syncwarp();
     }
   }
 
  private:
-  __device__ __forceinline__ void load(const Ring<2>& ring, const CUtensorMap& map,
-                                       uint32_t target, uint32_t full, uint32_t empty,
-                                       uint32_t per_row_target, const CUtensorMap& per_row,
-                                       int head, int query_tile, const Strides& stride,
-                                       uint64_t keep) const {
+  // The next number, which block 0 asks for.
+  __device__ __forceinline__ uint32_t take(uint32_t number_parity) const {
+    uint32_t number = 0;
+    if (leader) {
+      if (rank == 0) {
+        ptx::mbarrier_wait(smem.number_empty(), number_parity ^ 1);
+        number = atomicAdd(params.ticket, 1);
+        for (int r = 0; r < 2; ++r) {
+          ptx::store_peer_async(ptx::peer_address(smem.number(), r), number,
+                                ptx::peer_address(smem.number_full(), r));
+        }
+      }
+      ptx::mbarrier_arrive_expect(smem.number_full(), 4);
+      ptx::mbarrier_wait(smem.number_full(), number_parity);
+      number = ptx::load_shared(smem.number());
+      if (rank == 1) ptx::mbarrier_arrive_peer(ptx::peer_address(smem.number_empty(), 0));
+    }
+    return uniform(number);
+  }
+
+  // What a tile needs, by one thread. K and V become free last.
+  __device__ __forceinline__ void load(const Tile& tile) {
+    const BackwardProblem& p = params.problem;
+    const int steps = tile.steps() * params.group;
+    int head = tile.head_kv * params.group, query_tile = tile.first_query();
+#pragma unroll 1
+    for (int step = 0; step == 0 || step < steps; ++step) {
+      if (step < steps) {
+        load_rows(tile, maps.query, smem.query(ring.stage), smem.query_full(ring.stage),
+                  smem.query_empty(ring.stage), smem.lse2(ring.stage), maps.lse2, head, query_tile,
+                  p.query_stride);
+        load_rows(tile, maps.dout, smem.dout(ring.stage), smem.dout_full(ring.stage),
+                  smem.dout_empty(ring.stage), smem.delta(ring.stage), maps.delta, head,
+                  query_tile, p.dout_stride);
+        ring.next();
+      }
+      if (step == 0) {
+        load_key(tile);
+        load_value(tile);
+      }
+      if (++head == (tile.head_kv + 1) * params.group) {
+        head -= params.group;
+        query_tile += tile.direction();
+      }
+    }
+    parity ^= 1;
+  }
+  __device__ __forceinline__ void load_key(const Tile& tile) const {
+    const Problem& p = params.problem;
+    const int key = tile.first_key() + rank * kT.keys();
+    const int other_key = tile.first_key() + (1 - rank) * kT.keys();
+    const int batch = p.key_stride.batch == 0 ? 0 : tile.batch;
+    ptx::mbarrier_wait(smem.key_empty(), parity);
+    ptx::mbarrier_arrive_expect(smem.key_full(), kT.kv_bytes() + kT.kv_bytes() / 2);
+    for (int panel = 0; panel < kT.panels(); ++panel) {
+      ptx::tma_load(smem.key() + panel * Memory::kKeyPanel, &maps.key, smem.key_full(), panel * 64,
+                    key, tile.head_kv, batch, pass);
+    }
+    for (int i = 0; i < 2; ++i) {
+      ptx::tma_load(smem.other_key() + i * Memory::kKeyPanel, &maps.key, smem.key_full(),
+                    (2 * rank + i) * 64, other_key, tile.head_kv, batch, pass);
+    }
+  }
+  __device__ __forceinline__ void load_value(const Tile& tile) const {
+    const Problem& p = params.problem;
+    const int batch = p.value_stride.batch == 0 ? 0 : tile.batch;
+    ptx::mbarrier_wait(smem.value_empty(), parity);
+    ptx::mbarrier_arrive_expect(smem.value_full(), kT.kv_bytes());
+    for (int panel = 0; panel < kT.panels(); ++panel) {
+      ptx::tma_load(smem.value() + panel * Memory::kKeyPanel, &maps.value, smem.value_full(),
+                    panel * 64, tile.first_key() + rank * kT.keys(), tile.head_kv, batch, pass);
+    }
+  }
+  // A step's rows of Q or dO, and what each row has beside them.
+  __device__ __forceinline__ void load_rows(const Tile& tile, const CUtensorMap& map,
+                                            uint32_t target, uint32_t full, uint32_t empty,
+                                            uint32_t per_row_target, const CUtensorMap& per_row,
+                                            int head, int query_tile,
+                                            const Strides& stride) const {
     constexpr uint16_t kBoth = 3;
     const int batch = stride.batch == 0 ? 0 : tile.batch;
     ptx::mbarrier_wait(empty, ring.parity ^ 1);
@@ -118,33 +197,56 @@ struct PairProducer {
   }
 };
 
-// Where sums must come out the same on every run: waits for a consumer's turn at each query tile,
-// and passes it on when the consumer has added, so that neither is on the consumer's way.
+// Looks ahead for a consumer to whether it may add to a query tile's sums, or is the first there
+// and stores, and tells others when it has: neither is on the consumer's way. Where sums must come
+// out the same on every run, each waits for all before it, else for the first alone.
+// A whole warp; its first lane waits and tells.
 template <int kTile>
 struct PairTurns {
   static constexpr BackwardTile kT = kBackwardTiles[kTile];
+  using Tile = KeyTile<kT.tile_q, kT.masked>;
 
   const BackwardParams& params;
   BackwardMemory<kTile> smem;
-  const KeyTile<kT.tile_q>& tile;
+  const Tile* tiles;
   int rank, consumer;
+  bool leader;
 
-  // By one thread.
-  __device__ __forceinline__ void run(int steps) const {
-    const BackwardProblem& p = params.problem;
-    PairPlace at(params, tile);
+  __device__ __forceinline__ void run() const {
+    Ring<2> ring;
+    uint32_t parity = 0;
     ptx::wait_prerequisites();
+    for (;;) {
+      ptx::mbarrier_wait_warp(smem.tile_full(ring.stage), ring.parity);
+      const Tile& tile = tiles[ring.stage];
+      if (uniform(tile.block) < 0) break;
+      const PairWalk walk(params, tile);
+      if (leader) {
+        PairPlace at(params, walk);
 #pragma unroll 1
-    for (uint32_t parity = 0; steps > 0; --steps, parity ^= 1) {
-      int32_t* turn = params.turns + int64_t{at.block} * (kRowPadding / 16) + 2 * rank + consumer;
-      const int before = tile.visitors_before(p, at.query_tile);
-      while (ptx::load_acquire(turn) < before) {
+        for (int left = walk.steps; left > 0; --left, parity ^= 1) {
+          pass_on(tile, at.query_tile, at.block(params, walk), parity);
+          at.next(params, walk);
+        }
+        ptx::mbarrier_arrive(smem.tile_empty(ring.stage));
       }
-      ptx::mbarrier_arrive(smem.dquery_empty(consumer));
-      ptx::mbarrier_wait(smem.dquery_full(consumer), parity);
-      ptx::add_release(turn, 1);
-      at.next(params, tile);
+      __syncwarp();
+      ring.next();
     }
+  }
+
+ private:
+  __device__ __forceinline__ void pass_on(const Tile& tile, int query_tile, int block,
+                                          uint32_t parity) const {
+    int32_t* turn = params.turns + int64_t{block} * (kRowPadding / 16) + 2 * rank + consumer;
+    const bool all = params.problem.deterministic;
+    const int before = tile.visitors_before(params.problem, query_tile);
+    while (ptx::load_acquire(turn) < (all ? before : min(before, 1))) {
+    }
+    ptx::store_shared(smem.is_first(consumer), before == 0 && params.first_stores);
+    ptx::mbarrier_arrive(smem.dquery_empty(consumer));
+    ptx::mbarrier_wait(smem.dquery_full(consumer), parity);
+    if (all || before == 0) ptx::add_release(turn, 1);
   }
 };
 
@@ -153,13 +255,15 @@ template <int kTile, DataType kType>
 struct PairConsumer {
   static constexpr BackwardTile kT = kBackwardTiles[kTile];
   static constexpr int kD = kT.head_dim, kQ = kT.tile_q, kPanel = 64 * 128;
-  static constexpr int kBoth = 1;  // named barriers: of both consumers, and of each
+  // Named barriers: of both consumers, whose code differs, and of each.
+  static constexpr int kBoth = 1;
   using Memory = BackwardMemory<kTile>;
-  using Tile = KeyTile<kT.tile_q>;
+  using Tile = KeyTile<kT.tile_q, kT.masked>;
 
   const BackwardParams& params;
   Memory smem;
   const Tile& tile;
+  const PairWalk& walk;
   int rank, consumer;
 
   // Made anew from the thread's number wherever they are needed: registers are few.
@@ -216,15 +320,28 @@ struct PairConsumer {
     const BackwardProblem& p = params.problem;
     const int blocks = p.head_dim / 8 - 8 * quarter();  // of 8 columns, that exist
     float* to = params.dquery_sums + 16 * warp() * p.head_dim + quarter() * 1024 + lane() * 4 +
-                int64_t{at.block} * (kRowPadding * p.head_dim);
-    if constexpr (kT.deterministic) ptx::mbarrier_wait(smem.dquery_empty(consumer), parity);
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      const float block[4] = {dquery[4 * i], dquery[4 * i + 1], dquery[4 * i + 2],
-                              dquery[4 * i + 3]};
-      if (i < blocks) ptx::add_global_4(to + i * 128, block);
+                int64_t{at.block(params, walk)} * (kRowPadding * p.head_dim);
+    bool first = false;
+    if constexpr (kT.turns) {
+      ptx::mbarrier_wait(smem.dquery_empty(consumer), parity);
+      first = ptx::load_shared(smem.is_first(consumer));
     }
-    if constexpr (kT.deterministic) {
+    const auto each = [&](auto&& write) {
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        const float block[4] = {dquery[4 * i], dquery[4 * i + 1], dquery[4 * i + 2],
+                                dquery[4 * i + 3]};
+        if (i < blocks) write(to + i * 128, block);
+      }
+    };
+    if (first) {
+      each([](float* address, const float (&v)[4]) {
+        *reinterpret_cast<float4*>(address) = float4{v[0], v[1], v[2], v[3]};
+      });
+    } else {
+      each([](float* address, const float (&v)[4]) { ptx::add_global_4(address, v); });
+    }
+    if constexpr (kT.turns) {
       __syncwarp();
       if (lane() == 0) ptx::mbarrier_arrive(smem.dquery_full(consumer));
     }
@@ -234,25 +351,22 @@ struct PairConsumer {
     const int keys = uniform(tile.clear_keys(params.problem));
     if (keys >= tile.kKeys) return;
     const int number = consumer * 128 + thread();
-    ptx::mbarrier_wait(smem.key_full(), 0);
-    ptx::mbarrier_wait(smem.value_full(), 0);
     const int mine = min(max(keys - 64 * rank, 0), 64);
     const int other = min(max(keys - 64 * (1 - rank), 0), 64);
     clear_rows<4>(smem.key(), mine, 64, number, 256);
     clear_rows<4>(smem.value(), mine, 64, number, 256);
     clear_rows<2>(smem.other_key(), other, 64, number, 256);
     ptx::fence_async_shared();
-    ptx::barrier_sync(kBoth, 256);
+    ptx::barrier_sync_unaligned(kBoth, 256);
   }
   // Rows of the last query tile of each head, likewise: consumer 0 those of Q, consumer 1 of dO.
   __device__ __forceinline__ void clear_queries(const Ring<2>& ring, int rows) const {
-    if (rows >= kQ) return;
     ptx::mbarrier_wait(smem.query_full(ring.stage), ring.parity);
     ptx::mbarrier_wait(smem.dout_full(ring.stage), ring.parity);
     clear_rows<4>(consumer == 0 ? smem.query(ring.stage) : smem.dout(ring.stage), rows, kQ,
                   thread(), 128);
     ptx::fence_async_shared();
-    ptx::barrier_sync_unaligned(kBoth, 256);  // the consumers' code differs here
+    ptx::barrier_sync_unaligned(kBoth, 256);
   }
 };
 

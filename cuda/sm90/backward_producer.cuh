@@ -20,7 +20,7 @@ template <int kTile>
 struct BackwardProducer {
   static constexpr BackwardTile kT = kBackwardTiles[kTile];
   using Memory = BackwardMemory<kTile>;
-  using Tile = KeyTile<kT.tile_q>;
+  using Tile = KeyTile<kT.tile_q, kT.masked>;
 
   const BackwardMaps& maps;
   const BackwardParams& params;
@@ -35,7 +35,7 @@ struct BackwardProducer {
     keep = ptx::policy_evict_last();
     pass = ptx::policy_evict_first();
     const uint32_t count = params.heads * params.tiles_kv;
-    const int group = p.heads_q / p.heads_kv;
+    const int group = params.group;
     Ring<2> ring;
     uint32_t parity = 1;  // of `empty` of K and V
     bool fresh = true;
@@ -43,7 +43,7 @@ struct BackwardProducer {
       ptx::mbarrier_wait_warp(smem.tile_empty(ring.stage), ring.parity ^ 1);
       Tile& tile = tiles[ring.stage];
       if (number < count) {
-        const Tile made(params, number, kT.masked);
+        const Tile made(params, number);
         if (leader) tile = made;
       } else if (leader) {
         tile.block = -1;
@@ -60,7 +60,8 @@ struct BackwardProducer {
         ptx::wait_prerequisites();
       }
       const int steps = tile.steps() * group;
-      int head = tile.head_kv * group, query_tile = tile.end - 1;
+      const int first_head = tile.head_kv * group + tile.first_of_group(params);
+      int head = first_head, query_tile = tile.first_query();
 #pragma unroll 1
       for (int step = 0; step == 0 || step < steps; ++step) {
         if (step < steps)
@@ -80,10 +81,8 @@ struct BackwardProducer {
           load_kv(maps.key, smem.key(), smem.key_full(), smem.key_empty(), parity, tile,
                   p.key_stride);
         }
-        if (++head == (tile.head_kv + 1) * group) {
-          head -= group;
-          --query_tile;
-        }
+        if (++head == (tile.head_kv + 1) * group) head -= group;
+        if (head == first_head) query_tile += tile.direction();
       }
       fresh = false;
       parity ^= 1;
@@ -132,11 +131,12 @@ struct BackwardProducer {
 // One thread each: they add the dQ of a step to the sums, and store the dK and dV of a tile after
 // its last step. Each serves one consumer.
 //
-// The first key block that visits a query tile stores its dQ, so that nobody need write zeros
-// before; the others wait for its flag and add. If the sums must come out the same on every run,
-// each waits for all before it instead. That round, from a look at the flag to its next value,
-// takes longer than a step: where there is a kernel for it, each storer serves both consumers, at
-// every second step.
+// Where walks are long all add to zeros written before, and wait for nobody. Where they are short
+// the first key block that visits a query tile stores its dQ, so that nobody need write zeros; the
+// others wait for its flag and add. If the sums must come out the same on every run, each waits
+// for all before it instead. That round, from a look at the flag to its next value, takes longer
+// than a step: where there is a kernel for it, each storer serves both consumers, at every second
+// step.
 template <int kTile>
 struct BackwardStorer {
   static constexpr BackwardTile kT = kBackwardTiles[kTile];
@@ -144,7 +144,7 @@ struct BackwardStorer {
   static constexpr bool kByRows = kT.tile_q == 128;
   static constexpr bool kInTurns = kT.deterministic;
   using Memory = BackwardMemory<kTile>;
-  using Tile = KeyTile<kT.tile_q>;
+  using Tile = KeyTile<kT.tile_q, kT.masked>;
 
   const BackwardParams& params;
   Memory smem;
@@ -154,18 +154,20 @@ struct BackwardStorer {
 
   __device__ __forceinline__ void run(const BackwardMaps& maps) {
     const BackwardProblem& p = params.problem;
-    const int group = p.heads_q / p.heads_kv;
+    const int group = params.group;
     Ring<2> ring;
     ptx::wait_prerequisites();  // before the first look at a flag
     for (;;) {
       ptx::mbarrier_wait(smem.tile_full(ring.stage), ring.parity);
       const Tile& tile = tiles[ring.stage];
       if (tile.block < 0) break;
-      for (int query_tile = tile.end - 1; query_tile >= tile.begin; --query_tile) {
+      const int first_head = tile.first_of_group(params);
+      int query_tile = tile.first_query(), head = first_head;
 #pragma unroll 1
-        for (int head = 0; head < group; ++head, ++step) {
-          if (mine()) add(tile, query_tile, head + tile.head_kv * group);
-        }
+      for (int n = group * tile.steps(); n > 0; --n, ++step) {
+        if (mine()) add(tile, query_tile, head + tile.head_kv * group);
+        if (++head == group) head = 0;
+        if (head == first_head) query_tile += tile.direction();
       }
       if (mine()) store(maps, tile);
       const int key_head = tile.batch * p.heads_kv + tile.head_kv;
@@ -206,12 +208,16 @@ struct BackwardStorer {
     const int64_t row =
         (int64_t{tile.batch} * p.heads_q + head) * params.rows_per_head + query_tile * kT.tile_q;
     int32_t* flag = params.turns + row / 16 + first();
-    const int before = kT.masked ? tile.visitors_before(p, query_tile) : tile.block;
-    if (before > 0) {  // asked for ahead of the data: mostly true long before
-      const int turn = p.deterministic ? before : 1;
-      while (ptx::load_acquire(flag) < turn) {
+    bool stores = false;
+    if (params.first_stores) {
+      const int before = kT.masked ? tile.visitors_before(p, query_tile) : tile.block;
+      stores = before == 0;
+      if (!stores) {  // asked for ahead of the data: mostly true long before
+        const int turn = p.deterministic ? before : 1;
+        while (ptx::load_acquire(flag) < turn) {
+        }
+        ptx::fence_async_global();
       }
-      ptx::fence_async_global();
     }
     float* sums = params.dquery_sums + row * p.head_dim;
 #pragma unroll 1
@@ -219,14 +225,14 @@ struct BackwardStorer {
       wait_full(consumer);
       const uint32_t from = smem.dquery(consumer);
       if (kT.transposed()) {
-        add(sums + 64 * kT.tile_q * consumer, from, kT.stage_bytes(), before == 0);
+        add(sums + 64 * kT.tile_q * consumer, from, kT.stage_bytes(), stores);
       } else {
         // Strips of 16 rows, one of each warp of the consumer: 8 blocks of 8 columns, or fewer.
         const int column = kByRows ? 0 : 8 * consumer;
         const int blocks = min(8, p.head_dim / 8 - column);
         float* to = sums + (kByRows ? 64 * consumer * p.head_dim : 0) + column * 128;
         for (int strip = 0; blocks > 0 && strip < 4; ++strip) {
-          add(to + 16 * strip * p.head_dim, from + strip * 4096, blocks * 512, before == 0);
+          add(to + 16 * strip * p.head_dim, from + strip * 4096, blocks * 512, stores);
         }
       }
       ptx::bulk_commit();
@@ -237,7 +243,7 @@ struct BackwardStorer {
     }
     ptx::bulk_wait_read<0>();
     ptx::mbarrier_arrive(smem.dquery_empty(end() - 1));
-    if (before == 0 || p.deterministic) {
+    if (stores || p.deterministic) {
       ptx::bulk_wait<0>();
       ptx::fence_async_global();
       ptx::add_release(flag, 1);

@@ -16,6 +16,9 @@ struct BackwardTile {
   int blocks;  // that share the keys
   bool masked;
   bool deterministic;  // a kernel of its own; else the kernel looks at the problem
+  // Pair: whoever adds to sums of dQ may have to wait for others, because sums are deterministic
+  // or because the first stores.
+  bool turns = false;
 
   FLASH2_HOST_DEVICE constexpr int tile_kv() const { return 128; }
   FLASH2_HOST_DEVICE constexpr int keys() const { return tile_kv() / blocks; }  // of one block
@@ -55,7 +58,8 @@ inline constexpr BackwardTile kBackwardTiles[] = {
     {128, 64, 1, true, true},    // 193 KB
     {256, 64, 2, false, false},  // 225 KB, twice
     {256, 64, 2, true, false},   // 225 KB, twice
-    {256, 64, 2, true, true},    // 225 KB, twice
+    {256, 64, 2, false, false, true},
+    {256, 64, 2, true, false, true},
 };
 inline constexpr int kBackwardTileCount = sizeof(kBackwardTiles) / sizeof(kBackwardTiles[0]);
 

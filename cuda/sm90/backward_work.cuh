@@ -2,10 +2,17 @@
 //
 // Query tiles go from the last to the first, each for all query heads of the group. All key tiles
 // of a head thus walk through the same Q and dO at about the same time, and the float32 sums of a
-// query tile come together while they are in the L2 cache. It is the right order for the sums too:
-// tiles are numbered so that one waits only for such as started before it. (Head after head, a key
-// tile with a short walk would be ahead of the first one by the second head, and wait for it.
-// Pairs, which wait for nobody, do go head after head.)
+// query tile come together while they are in the L2 cache. (Head after head, key tiles with short
+// walks would be ahead of the first one by the second head.)
+//
+// Under a causal mask that holds for tiles that begin together: the first round of a section, as
+// many tiles as are at work at once. Those of the second begin one by one as the first ones end,
+// the shortest first, and take the longest of what is left, so they all end together: they go from
+// the first query tile, at the diagonal, to the last, and thereby meet. So on in turn, where the
+// plan wants it (BackwardPlan::round).
+//
+// A tile waits for the sums of such alone as have a smaller number, hence started before it: the
+// order of its own walk is free.
 #pragma once
 
 #include <cstdint>
@@ -18,7 +25,7 @@
 namespace flash2::sm90 {
 
 // 128 keys of a key head, and what its query tiles are. Taken by whole warps.
-template <int kTileQ>
+template <int kTileQ, bool kMasked>
 struct KeyTile {
   static constexpr int kKeys = 128;
   int block;  // of 128 keys; -1: there are no more tiles
@@ -30,15 +37,25 @@ struct KeyTile {
   int whole_begin;  // those whose rows see all keys; [whole_begin, whole_end) lies in [begin, end)
   int whole_end;
   int q_length;  // rows at or past it see nothing
+  bool upward;   // walks from the first query tile to the last
   Visibility visibility;
 
-  __device__ __forceinline__ KeyTile(const BackwardParams& params, uint32_t number, bool masked)
-      : KeyTile(params, masked,
-                SectionPlace(number, params.tiles_kv, params.heads, params.section,
-                             params.section_tiles)) {}
+  __device__ __forceinline__ KeyTile(const BackwardParams& params, uint32_t number)
+      : KeyTile(params, SectionPlace(number, params.tiles_kv, params.heads, params.section,
+                                     params.section_tiles)) {}
 
   __device__ __forceinline__ int first_key() const { return block * kKeys; }
   __device__ __forceinline__ int steps() const { return end - begin; }
+  // Where its walk begins, and where it goes from there.
+  __device__ __forceinline__ int first_query() const {
+    return kMasked && upward ? begin : end - 1;
+  }
+  __device__ __forceinline__ int direction() const { return kMasked && upward ? 1 : -1; }
+  // The head of the group that comes first at each query tile. Where nobody waits for others, key
+  // tiles that are in step had better not all add to the same sums.
+  __device__ __forceinline__ int first_of_group(const BackwardParams& params) const {
+    return params.first_stores ? 0 : block % params.group;
+  }
   // Rows of the last query tile at or past this, counted in it, hold what the call must not see.
   __device__ __forceinline__ int clear_rows(const Problem& p) const {
     return q_length < min(end * kTileQ, p.seq_q) ? q_length - (end - 1) * kTileQ : kTileQ;
@@ -65,8 +82,7 @@ struct KeyTile {
   }
 
  private:
-  __device__ __forceinline__ KeyTile(const BackwardParams& params, bool masked,
-                                     const SectionPlace& at)
+  __device__ __forceinline__ KeyTile(const BackwardParams& params, const SectionPlace& at)
       : block(at.turn),
         batch(params.heads_kv.divide(at.head)),
         head_kv(at.head - batch * params.problem.heads_kv),
@@ -75,9 +91,10 @@ struct KeyTile {
     const BackwardProblem& p = params.problem;
     if (p.scale_operand.data) scale *= p.scale_operand.at(batch);
     q_length = p.seq_q;
+    upward = kMasked && params.round.divide(at.place) % 2 == 1;
     begin = whole_begin = 0;
     end = whole_end = (p.seq_q + kTileQ - 1) / kTileQ;
-    if (masked) {
+    if constexpr (kMasked) {
       if (p.query_seq_lengths.data) {
         q_length = max(0, min(q_length, p.query_seq_lengths.at(batch)));
       }

@@ -8,6 +8,25 @@
 #include "sm90/choose.h"
 
 namespace flash2::sm90 {
+namespace {
+
+// Whether the first key tile at a query tile stores its sums of dQ, and nobody writes zeros
+// before. All others that are in step wait for it then, which costs up to 7 % of long walks; the
+// zeros take as long whatever the length of a walk. Deterministic single blocks wait for their
+// turn anyway, and of local ones few are at work at the same query tile.
+bool first_stores(const BackwardProblem& p, int32_t head_dim, bool masked) {
+  if (head_dim == 256) return p.seq_q <= (masked ? 2048 : 1024);
+  if (p.deterministic || p.window_left != kUnbounded || p.window_right != kUnbounded ||
+      p.chunk_size > 0) {
+    return true;
+  }
+  // A group's add to the same sums besides, unless nobody waits: KeyTile::first_of_group.
+  const bool crowded = p.heads_q >= 4 * p.heads_kv || (head_dim == 128 && masked);
+  const int64_t few = head_dim == 128 ? 64 : 128;  // key tiles of a head
+  return p.seq_kv / 128 < (crowded ? few / 2 : few);
+}
+
+}  // namespace
 
 bool serves(const Device& device, const BackwardProblem& p) {
   const bool general = p.soft_cap > 0.0f || p.alibi_slopes.data || p.query_segment_ids.data;
@@ -18,18 +37,19 @@ bool serves(const Device& device, const BackwardProblem& p) {
 
 void choose_tile(const BackwardProblem& p, BackwardPlan* plan) {
   const bool pair = plan->head_dim == 256;
-  // Whether some row of a tile of 128 keys may not see all of them; of pairs only the kernel with
-  // masks is deterministic.
-  const bool masked = has_masks(p) || p.seq_kv % 128 != 0 || (pair && p.deterministic);
-  // At 128 without masks, and at 64, the kernel for it would be no faster.
-  const bool deterministic = p.deterministic && masked && plan->head_dim > 64;
+  // Whether some row of a tile of 128 keys may not see all of them.
+  const bool masked = has_masks(p) || p.seq_kv % 128 != 0;
+  // Elsewhere a kernel for it would be no faster.
+  const bool deterministic = p.deterministic && masked && plan->head_dim == 128;
   // 80 query rows a step: 4 % faster from 8192 on, slower below. Made for whole panels.
   const bool large = plan->head_dim == 128 && !masked && p.seq_q >= kLongRows &&
                      p.head_dim == 128 && !p.dscale_rows;
+  const bool first = first_stores(p, plan->head_dim, masked);
+  const bool turns = pair && (first || p.deterministic);
   for (int i = 0; i < kBackwardTileCount; ++i) {
     const BackwardTile& tile = kBackwardTiles[i];
     if (tile.head_dim != plan->head_dim || tile.masked != masked ||
-        tile.deterministic != deterministic || tile.transposed() != large) {
+        tile.deterministic != deterministic || tile.turns != turns || tile.transposed() != large) {
       continue;
     }
     plan->family = 90;
@@ -39,7 +59,7 @@ void choose_tile(const BackwardProblem& p, BackwardPlan* plan) {
     plan->stages = 2;
     plan->block = tile.threads();
     plan->smem_bytes = tile.smem_bytes();
-    plan->first_stores = !pair;
+    plan->first_stores = first;
     plan->transposed_sums = tile.transposed();
   }
 }
@@ -55,13 +75,14 @@ bool finishes_inside(const BackwardProblem& p, const BackwardPlan& plan) {
 }
 
 int32_t section(const Device& device, const BackwardPlan& plan, int64_t heads, int64_t cached,
-                bool deterministic) {
+                bool grouped, bool deterministic) {
   const int64_t workers = device.num_sms / kBackwardTiles[plan.variant].blocks;
   const int64_t tiles = plan.tiles_kv;
   // Some eight tiles of a head at work at once share its Q and dO, and wait little for their turn.
   const int64_t eighth = std::max<int64_t>(workers / 8, 1);
   int64_t target;
-  if (tiles <= eighth) {  // all of a head's tiles at once
+  // All of a head's tiles at once; but of groups two rounds, the second of which meets too.
+  if (tiles <= eighth && (!grouped || deterministic)) {
     target = std::max(eighth, (workers + tiles / 2) / tiles);
   } else {
     // The longest tile should not take longer than a worker's share of the section, of which the
@@ -83,10 +104,13 @@ int32_t section(const Device& device, const BackwardPlan& plan, int64_t heads, i
   return static_cast<int32_t>(best);
 }
 
+int32_t round(const Device& device, const BackwardPlan& plan) {
+  return std::max(device.num_sms / kBackwardTiles[plan.variant].blocks, 1);
+}
+
 int64_t grid(const Device& device, const BackwardPlan& plan, int64_t tiles) {
-  // Pairs take one tile each; single blocks stay, one per multiprocessor.
-  const bool pair = kBackwardTiles[plan.variant].blocks == 2;
-  return pair ? 2 * tiles : std::min<int64_t>(tiles, device.num_sms);
+  // They stay, one block per multiprocessor.
+  return kBackwardTiles[plan.variant].blocks * std::min<int64_t>(tiles, round(device, plan));
 }
 
 }  // namespace flash2::sm90

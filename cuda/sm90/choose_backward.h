@@ -16,9 +16,12 @@ void choose_tile(const BackwardProblem& problem, BackwardPlan* plan);
 bool finishes_inside(const BackwardProblem& problem, const BackwardPlan& plan);
 
 // Of this many key heads, how many are walked together under a causal mask, where `cached` fit the
-// L2 cache.
+// L2 cache. `grouped`: several query heads share a key head.
 int32_t section(const Device& device, const BackwardPlan& plan, int64_t heads, int64_t cached,
-                bool deterministic);
+                bool grouped, bool deterministic);
+
+// Key tiles that are at work at once.
+int32_t round(const Device& device, const BackwardPlan& plan);
 
 // Blocks of the main kernel for this many key tiles.
 int64_t grid(const Device& device, const BackwardPlan& plan, int64_t tiles);

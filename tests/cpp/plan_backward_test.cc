@@ -108,7 +108,7 @@ CASE(backward_on_hopper_takes_its_own_family) {
           const BackwardPlan plan = plan_backward(kH100, p);
           const uint32_t tiles = static_cast<uint32_t>(plan.tiles_kv) * p.batch * p.heads_kv;
           CHECK(plan.family == 90 && plan.block == 384, show(kH100, p));
-          CHECK(plan.grid == (head_dim > 128 ? 2 * tiles : std::min(tiles, 132u)),
+          CHECK(plan.grid == (head_dim > 128 ? 2 * std::min(tiles, 66u) : std::min(tiles, 132u)),
                 show(kH100, p) << ", " << plan.grid << " blocks for " << tiles << " tiles");
           CHECK(plan_backward(kH100, p, 80).family == 80, show(kH100, p));
           for (const Device& d : kDevices) {
@@ -168,6 +168,10 @@ CASE(backward_on_hopper_walks_heads_in_like_sections) {
   // All tiles of a short head at once.
   CHECK(section(128, 512, 512) == 32 && section(128, 1024, 256) == 16, section(128, 512, 512));
   CHECK(section(256, 1024, 128) == 8, section(256, 1024, 128));
+  // But of groups two rounds of tiles.
+  CHECK(section(256, 1024, 16, 8) == 16 && section(256, 512, 64, 8) == 32, "groups of 8");
+  CHECK(section(128, 1024, 32, 8) == 32 && section(64, 1024, 128, 8) == 32, "groups of 8");
+  CHECK(section(256, 1024, 16, 8, true) == 8, "in turn");
   // Where they wait for their turn, few of a head.
   CHECK(section(128, 8192, 32, 1, true) == 16, section(128, 8192, 32, 1, true));
   // The last section ends with one tile if it is smaller than the others.
@@ -180,6 +184,28 @@ CASE(backward_on_hopper_walks_heads_in_like_sections) {
   }
   BackwardProblem p = problem(128, 512, 512, 32, 16, 16);
   CHECK(plan_backward(kH100, p).section == 1, "");
+}
+
+// Every second round of tiles walks the other way.
+CASE(backward_on_hopper_counts_the_tiles_at_work) {
+  const auto round = [](int32_t head_dim, bool causal, int32_t window, bool deterministic = false,
+                        int32_t heads_kv = 16, int32_t seq = 16384) {
+    BackwardProblem p = problem(head_dim, seq, seq, 1, 16, heads_kv);
+    p.is_causal = causal;
+    p.window_left = window;
+    p.deterministic = deterministic;
+    return plan_backward(kH100, p).round;
+  };
+  for (int32_t head_dim : {64, 128, 256}) {
+    CHECK(round(head_dim, true, kUnbounded) == 132 / (head_dim == 256 ? 2 : 1), head_dim);
+    CHECK(round(head_dim, false, kUnbounded) == INT32_MAX, "tiles of one length");
+    CHECK(round(head_dim, true, 600) == INT32_MAX, "tiles of one length");
+    CHECK(round(head_dim, true, kUnbounded, true) == INT32_MAX, "tiles in turn");
+    CHECK(round(head_dim, true, kUnbounded, true, 2) <= 132, "tiles in turn, of groups");
+    CHECK((round(head_dim, true, kUnbounded, false, 16, 1024) <= 132) == (head_dim == 256),
+          "tiles that wait for the first");
+    CHECK(round(head_dim, true, kUnbounded, false, 2, 1024) <= 132, "the same of groups");
+  }
 }
 
 // A query tile's dQ is made when the last of its key tiles has added, which must be plain to see.
@@ -217,10 +243,52 @@ CASE(backward_on_hopper_has_kernels_for_deterministic_sums) {
     return plan_backward(kH100, p).variant;
   };
   CHECK(variant(128, true, true) != variant(128, true, false), "128, masks");
-  CHECK(variant(256, true, true) != variant(256, true, false), "256, masks");
-  CHECK(variant(256, false, true) == variant(256, true, true), "256: with code for masks");
-  CHECK(variant(128, false, true) == variant(128, false, false), "128");
   CHECK(variant(64, true, true) == variant(64, true, false), "64");
+  CHECK(variant(128, false, true) == variant(128, false, false), "128");
+}
+
+CASE(backward_on_hopper_writes_zeros_where_pairs_walk_far) {
+  for (int32_t head_dim : {64, 128, 256}) {
+    for (bool causal : {false, true}) {
+      for (int32_t seq_q : {1024, 2048, 4096}) {
+        BackwardProblem p = problem(head_dim, seq_q);
+        p.is_causal = causal;
+        const BackwardPlan plan = plan_backward(kH100, p);
+        const bool first = head_dim < 256 || seq_q <= (causal ? 2048 : 1024);
+        CHECK(plan.first_stores == first, head_dim << ", " << seq_q);
+        p.deterministic = true;
+        const int32_t in_turn = plan_backward(kH100, p).variant;
+        CHECK(head_dim < 256 || (plan.variant == in_turn) == first, head_dim << ", " << seq_q);
+      }
+    }
+  }
+}
+
+CASE(backward_on_hopper_writes_zeros_where_single_blocks_walk_far) {
+  const auto check = [](int32_t head_dim, int32_t seq_kv, bool causal, int32_t group,
+                        bool stores) {
+    BackwardProblem p = problem(head_dim, seq_kv, seq_kv, 1, 16, 16 / group);
+    p.is_causal = causal;
+    CHECK(plan_backward(kH100, p).first_stores == stores,
+          show(kH100, p) << ", causal " << causal << ", group of " << group);
+    p.deterministic = true;
+    CHECK(plan_backward(kH100, p).first_stores, show(kH100, p) << ", deterministic");
+    p.deterministic = false;
+    p.window_left = 512;
+    CHECK(plan_backward(kH100, p).first_stores, show(kH100, p) << ", a window");
+  };
+  check(128, 2048, true, 1, true);
+  check(128, 4096, true, 1, false);
+  check(128, 4096, false, 1, true);
+  check(128, 8192, false, 1, false);
+  for (bool causal : {false, true}) {
+    check(64, 8192, causal, 1, true);
+    check(64, 16384, causal, 1, false);
+    check(128, 2048, causal, 8, true);
+    check(128, 4096, causal, 8, false);
+    check(64, 4096, causal, 8, true);
+    check(64, 8192, causal, 8, false);
+  }
 }
 
 CASE(backward_on_hopper_leaves_the_rest_to_sm80) {
