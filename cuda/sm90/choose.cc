@@ -17,10 +17,12 @@ namespace {
 // The tile that serves the problem if heads are not packed.
 int find_tile(const ForwardProblem& p, int32_t head_dim) {
   const bool masked = has_masks(p);
+  const bool pairs = p.seq_kv >= kPairsKeys;
   int found = -1;
   for (int i = 0; i < kForwardTileCount; ++i) {
     const ForwardTile& tile = kForwardTiles[i];
     if (tile.head_dim != head_dim || tile.masked != masked || tile.joins) continue;
+    if (tile.pairs && !(pairs && tiles_of_pack(p, 1, tile.tile_q()) % 2 == 0)) continue;
     found = i;
     if (p.seq_q <= kShort) break;
   }
@@ -92,6 +94,7 @@ void choose_tile(const ForwardProblem& p, ForwardPlan* plan) {
   plan->stages = tile.stages();
   plan->block = tile.threads();
   plan->smem_bytes = tile.smem_bytes();
+  plan->cluster = std::max(plan->splits, tile.blocks());
 }
 
 // Towards the end a block that begins a long tile keeps all others waiting, so the last section is

@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "problem.h"
+#include "ptx/cluster.cuh"
 #include "ptx/common.cuh"
 #include "ptx/tma.cuh"
 #include "ptx/warpgroup.cuh"
@@ -38,7 +39,12 @@ __global__ void __launch_bounds__(kForwardTiles[kTile].threads(), 1)
       ptx::prefetch_tensor_map(&maps.value);
     }
   }
-  __syncthreads();
+  if constexpr (kT.pairs) {  // nobody writes to a peer's barriers before they are there
+    ptx::cluster_arrive();
+    ptx::cluster_wait();
+  } else {
+    __syncthreads();
+  }
   if (group == 0) {
     ptx::lower_registers<kT.producer_registers()>();
     if (warp == 0) Producer<kTile>{maps, params, schedule, smem, lane == 0}.run();

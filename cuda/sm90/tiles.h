@@ -24,8 +24,13 @@ struct ForwardTile {
   bool store_late;     // O is stored while the next tile's second Q K^T runs, not before it
   int split;           // eighths of a step's exponentials that must not wait for P V
   bool joins = false;  // a cluster shares the keys of each tile: join.cuh
+  // Two blocks, a cluster, work on neighbouring tiles of a head: each brings half of every K and V
+  // for both. A consumer keeps Q in registers, so that shared memory has room for a third stage,
+  // without which the blocks wait for each other.
+  bool pairs = false;
 
-  FLASH2_HOST_DEVICE constexpr int stages() const { return 2; }  // of K and of V
+  FLASH2_HOST_DEVICE constexpr int stages() const { return pairs ? 3 : 2; }  // of K and of V
+  FLASH2_HOST_DEVICE constexpr int blocks() const { return pairs ? 2 : 1; }  // that share K and V
   // Whether a tile may hold several query heads of a key head. The others have no registers for it
   // (head_dim 64, three consumers) or no masks, and where heads are packed copies take the time.
   FLASH2_HOST_DEVICE constexpr bool packs() const { return masked && consumers == 2; }
@@ -39,6 +44,9 @@ struct ForwardTile {
   FLASH2_HOST_DEVICE constexpr int consumer_registers() const {
     return consumers == 2 ? 232 : 160;
   }
+  FLASH2_HOST_DEVICE constexpr int box_kv() const {
+    return tile_kv / blocks();
+  }  // rows a block brings
   FLASH2_HOST_DEVICE constexpr int q_bytes() const { return 64 * head_dim * 2; }  // one consumer's
   FLASH2_HOST_DEVICE constexpr int kv_bytes() const { return tile_kv * head_dim * 2; }
   FLASH2_HOST_DEVICE constexpr int state_bytes() const { return 512; }
@@ -58,6 +66,9 @@ inline constexpr ForwardTile kForwardTiles[] = {
     {64, true, 2, 128, 2, false, false, false, 0, true},
     // 193 KB. 128 x 176 has room for one stage of Q only and was 0 to 4 % slower.
     {128, false, 2, 128, 2, false, false, true, 3},
+    // 225 KB, for many keys: where the chip runs at its power limit, every byte that does not come
+    // from the L2 cache is speed.
+    {128, false, 2, 128, 1, false, false, true, 3, false, true},
     {128, true, 2, 128, 2, false, false, false, 3},
     {128, true, 2, 128, 2, false, false, false, 3, true},
     // 225 KB of the 227 there are.
@@ -69,6 +80,8 @@ inline constexpr ForwardTile kForwardTiles[] = {
 };
 // Query lengths up to it prefer the first masked tile of a bucket, longer ones the last.
 inline constexpr int kShort = 1024;
+// From so many keys on pairs lead; with few, blocks wait for each other more than they save.
+inline constexpr int kPairsKeys = 8192;
 inline constexpr int kForwardTileCount = sizeof(kForwardTiles) / sizeof(kForwardTiles[0]);
 
 }  // namespace flash2::sm90
