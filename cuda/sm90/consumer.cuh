@@ -301,8 +301,7 @@ struct Consumer {
   // A tile's first scores become exponentials.
   __device__ __forceinline__ void first_step(const Work& work, Scores& s) {
     if (!kT.pairs && work.steps == 1) release_q();
-    const bool half = work.masked > 0 && rows.mask_first(s, work.first_key<kTileKv>(0));
-    rows.exponentiate(s, [&](float sum) { release_k(sum); }, half);
+    rows.exponentiate_first(s, work.first_key<kTileKv>(0), [&](float sum) { release_k(sum); });
   }
 
   // --- Corrections in shared memory, which few calls need
