@@ -50,8 +50,9 @@ int encode_maps(const ForwardProblem& p, const ForwardPlan& plan, ForwardMaps* m
     return error;
   }
   const int rows = kForwardTiles[plan.variant].box_kv();
-  if (int error = encode_tensor_map(key, p.data_type, rows, &maps->key)) return error;
-  return encode_tensor_map(value, p.data_type, rows, &maps->value);
+  const bool once = plan.splits > 1;
+  if (int error = encode_tensor_map(key, p.data_type, rows, &maps->key, once)) return error;
+  return encode_tensor_map(value, p.data_type, rows, &maps->value, once);
 }
 
 }  // namespace

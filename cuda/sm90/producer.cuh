@@ -26,14 +26,16 @@ struct Producer {
   const ForwardSchedule& schedule;
   SharedMemory<kTile> smem;
   bool leader;
-  uint64_t keep, pass;  // policies of the L2 cache: K and V are read again, Q is not
+  // Policies of the L2 cache: K and V are read again, but for those that a cluster shares out, Q
+  // is not.
+  uint64_t keep, pass;
   Ring<kT.stages()> k_ring, v_ring;
   Ring<2> tile_ring;
   Ring<kT.q_stages> q_ring;
 
   __device__ __forceinline__ void run() {
-    keep = ptx::policy_evict_last();
     pass = ptx::policy_evict_first();
+    keep = kT.joins ? pass : ptx::policy_evict_last();
     Work work = take_tile();
     load_k(work, 0);
     load_q(work);
