@@ -1,12 +1,10 @@
 // The tiles of the sm90 family, and why each stops where it does (measured on an H100: NOTES.md).
 //
 //  * A consumer owns 64 rows. Two of them have 232 registers a thread beside a producer's 40,
-//  three
-//    have 160 and 32.
+//    three have 160 and 32; one has 216 and leaves half a multiprocessor to another block.
 //  * O takes head_dim / 2 registers, S tile_kv / 2, P half of that: what is left bounds tile_kv.
 //  * Two stages of K and of V. At head_dim 64 four, and at 128 three with one of Q, gained
-//  nothing.
-//
+//    nothing, but for pairs of blocks.
 #pragma once
 
 #include "problem.h"
@@ -29,10 +27,11 @@ struct ForwardTile {
   // without which the blocks wait for each other.
   bool pairs = false;
 
-  FLASH2_HOST_DEVICE constexpr int stages() const {
-    return pairs || consumers == 1 ? 3 : 2;
-  }                                                                          // of K and of V
-  FLASH2_HOST_DEVICE constexpr int blocks() const { return pairs ? 2 : 1; }  // that share K and V
+  // Of K and of V.
+  FLASH2_HOST_DEVICE constexpr int stages() const { return pairs || consumers == 1 ? 3 : 2; }
+  // Blocks that bring K and V together, and the rows that each of them brings.
+  FLASH2_HOST_DEVICE constexpr int blocks() const { return pairs ? 2 : 1; }
+  FLASH2_HOST_DEVICE constexpr int box_kv() const { return tile_kv / blocks(); }
   // Whether a tile may hold several query heads of a key head. The others have no registers for it
   // (head_dim 64, three consumers) or no masks, and where heads are packed copies take the time.
   FLASH2_HOST_DEVICE constexpr bool packs() const { return masked && consumers <= 2; }
@@ -42,14 +41,11 @@ struct ForwardTile {
   FLASH2_HOST_DEVICE constexpr int tile_q() const { return 64 * consumers; }
   FLASH2_HOST_DEVICE constexpr int blocks_per_sm() const { return consumers == 1 ? 2 : 1; }
   FLASH2_HOST_DEVICE constexpr int threads() const { return 128 * (consumers + 1); }
-  // Of 65536 registers; the producer's warpgroup gives what it does not need.
+  // Of a block's part of 65536 registers; the producer's warpgroup gives what it does not need.
   FLASH2_HOST_DEVICE constexpr int producer_registers() const { return consumers <= 2 ? 40 : 32; }
   FLASH2_HOST_DEVICE constexpr int consumer_registers() const {
     return consumers == 1 ? 216 : consumers == 2 ? 232 : 160;
   }
-  FLASH2_HOST_DEVICE constexpr int box_kv() const {
-    return tile_kv / blocks();
-  }  // rows a block brings
   FLASH2_HOST_DEVICE constexpr int q_bytes() const { return 64 * head_dim * 2; }  // one consumer's
   FLASH2_HOST_DEVICE constexpr int kv_bytes() const { return tile_kv * head_dim * 2; }
   FLASH2_HOST_DEVICE constexpr int state_bytes() const { return 512; }
