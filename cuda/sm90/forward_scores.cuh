@@ -88,10 +88,13 @@ struct RowScores {
 
   // The same of a tile's first block, which it also masks. What lies above all keys that the
   // warp's rows see costs nothing, part by part: on a diagonal more than a third of the block.
+  // Three consumers have no registers for it.
   template <class Between>
   __device__ __forceinline__ void exponentiate_first(Scores& s, int first_key, Between between) {
-    constexpr int kPart = kTileKv % 32 == 0 ? 32 : kTileKv / 2, kParts = kTileKv / kPart;
-    const int seen = kT.masked ? __shfl_sync(~0u, row_end[1], 31) - first_key : kTileKv;
+    constexpr int kPart = kT.consumers == 3 ? kTileKv : kTileKv % 32 == 0 ? 32 : kTileKv / 2;
+    constexpr int kParts = kTileKv / kPart;
+    int seen = kTileKv;
+    if (kT.masked && kParts > 1) seen = __shfl_sync(~0u, row_end[1], 31) - first_key;
     float largest[2] = {-INFINITY, -INFINITY};
 #pragma unroll
     for (int part = 0; part < kParts; ++part) {
