@@ -147,7 +147,8 @@ ForwardPlan plan_forward(const Device& device, const ForwardProblem& p, int32_t 
   plan.grid = static_cast<uint32_t>(tiles);
   if (plan.family == 90) {
     // Blocks that stay, one per multiprocessor, or clusters for a tile each.
-    plan.grid = static_cast<uint32_t>(std::min<int64_t>(tiles, device.num_sms));
+    const int32_t resident = device.num_sms / plan.cluster * plan.cluster;
+    plan.grid = static_cast<uint32_t>(std::min<int64_t>(tiles, resident));
     if (plan.splits > 1) plan.grid = static_cast<uint32_t>(tiles * plan.splits);
     if (sm90::counts_tiles(plan)) plan.workspace_bytes = sm90::kCounterBytes;
   }

@@ -47,7 +47,8 @@ struct ForwardPlan {
   int32_t stages = 0;   // K/V pairs in shared memory
   int32_t pack = 1;     // query heads of a group in one tile, a power of two: position by position
   int32_t packs = 0;    // such packs of all heads of a batch entry
-  int32_t splits = 1;   // blocks of a cluster, among which the keys of a tile are shared out
+  int32_t splits = 1;   // blocks among which the keys of a tile are shared out
+  int32_t cluster = 1;  // blocks of a cluster: these, or those that share what they load
   int32_t tiles_q = 0;  // query tiles per pack
   int32_t section = 1;  // packs that share the L2 cache: scheduler.cuh
   int32_t last_section = INT32_MAX;  // the pack from which on all the rest are one section

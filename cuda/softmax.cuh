@@ -47,7 +47,13 @@ struct OnlineSoftmax {
     }
   }
 
-  // Takes the largest score of this thread's columns per row. Calls rescale(row, decay) with what
+  // Takes the largest score of this thread's columns per row, of rows that have seen no key yet.
+  __device__ __forceinline__ void begin(const float (&largest)[kRows]) {
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) max[r] = of_quad(largest[r]);
+  }
+
+  // The same of rows that may have. Calls rescale(row, decay) with what
   // the row's output must be multiplied by, if a row of the warp has to move; no row's numbers
   // depend on another row's.
   template <class Rescale>
@@ -58,8 +64,7 @@ struct OnlineSoftmax {
     bool any = false;
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
-      m[r] = fmaxf(largest[r], __shfl_xor_sync(~0u, largest[r], 1));
-      m[r] = fmaxf(m[r], __shfl_xor_sync(~0u, m[r], 2));
+      m[r] = of_quad(largest[r]);
       wanted[r] = wants_to_move(r, m[r], factor);
       any |= wanted[r];
     }
@@ -75,6 +80,10 @@ struct OnlineSoftmax {
     }
   }
 
+  static __device__ __forceinline__ float of_quad(float largest) {
+    const float m = fmaxf(largest, __shfl_xor_sync(~0u, largest, 1));
+    return fmaxf(m, __shfl_xor_sync(~0u, m, 2));
+  }
   // By this thread's part of the sum, times 4: the row moves if any of its four threads wants it
   // to, so all of them have seen at least as much. False where m and max are -inf.
   __device__ __forceinline__ bool wants_to_move(int row, float m, float factor) const {
@@ -93,16 +102,14 @@ struct OnlineSoftmax {
 
   // Joins the quad's sums. `visible` false, or no key seen: the empty-row rule, output 0 and
   // logsumexp -inf (the sink's logit if there is one). Returns what the output is multiplied by;
-  // 0 means that it is 0 whatever the accumulator holds.
+  // 0 means that it is 0 whatever the accumulator holds. Without branches, but for the sink, so
+  // that the chains of a thread's rows run side by side; the approximations are within 2^-22.
   __device__ __forceinline__ float finish(int row, bool visible, float factor, bool has_sink,
                                           float sink, float* lse) {
     float total = sum[row];
     total += __shfl_xor_sync(~0u, total, 1);
     total += __shfl_xor_sync(~0u, total, 2);
-    if (!visible || total == 0.0f) {
-      *lse = has_sink ? sink : -INFINITY;
-      return 0.0f;
-    }
+    const bool empty = !visible || total == 0.0f;
     float shift = base(row, factor);
     float keys = 1.0f;
     if (has_sink) {
@@ -112,8 +119,9 @@ struct OnlineSoftmax {
       total = total * keys + ptx::exp2(sink2 - top);
       shift = top;
     }
-    *lse = (shift + log2f(total)) * kLn2;
-    return keys / total;
+    *lse = (shift + ptx::log2(total)) * kLn2;
+    if (empty) *lse = has_sink ? sink : -INFINITY;
+    return empty ? 0.0f : __fdividef(keys, total);
   }
 };
 

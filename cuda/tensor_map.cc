@@ -28,7 +28,8 @@ decltype(&cuTensorMapEncodeTiled) encoder() {
 template <int kAxes>
 int encode_swizzled(const void* data, DataType type, const cuuint64_t (&sizes)[kAxes],
                     const int64_t (&strides)[kAxes - 1], const cuuint32_t (&box)[kAxes],
-                    CUtensorMap* map) {
+                    CUtensorMap* map,
+                    CUtensorMapL2promotion promotion = CU_TENSOR_MAP_L2_PROMOTION_L2_256B) {
   const auto encode = encoder();
   if (encode == nullptr) return cudaErrorNotSupported;
   // Strides of axes of one entry mean nothing, but are checked: 16 bytes stand in.
@@ -38,13 +39,12 @@ int encode_swizzled(const void* data, DataType type, const cuuint64_t (&sizes)[k
     bytes[i - 1] = sizes[i] == 1 ? 16 : static_cast<cuuint64_t>(strides[i - 1]) * kElementBytes;
     steps[i] = 1;
   }
-  const CUresult result =
-      encode(map,
-             type == DataType::kBFloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
-                                         : CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
-             kAxes, const_cast<void*>(data), sizes, bytes, box, steps,
-             CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-             CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  const CUresult result = encode(map,
+                                 type == DataType::kBFloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
+                                                             : CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
+                                 kAxes, const_cast<void*>(data), sizes, bytes, box, steps,
+                                 CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                                 promotion, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
 
@@ -52,13 +52,16 @@ cuuint64_t batch_size(const Array& array) { return array.stride.batch == 0 ? 1 :
 
 }  // namespace
 
-int encode_tensor_map(const Array& a, DataType type, int rows, CUtensorMap* map) {
+int encode_tensor_map(const Array& a, DataType type, int rows, CUtensorMap* map, bool once) {
   const cuuint64_t sizes[4] = {static_cast<cuuint64_t>(a.head_dim),
                                static_cast<cuuint64_t>(a.length), static_cast<cuuint64_t>(a.heads),
                                batch_size(a)};
   const int64_t strides[3] = {a.stride.row, a.stride.head, a.stride.batch};
   const cuuint32_t box[4] = {kBoxColumns, static_cast<cuuint32_t>(rows), 1, 1};
-  return encode_swizzled<4>(a.data, type, sizes, strides, box, map);
+  const bool narrow = once && a.head_dim <= kBoxColumns;
+  return encode_swizzled<4>(
+      a.data, type, sizes, strides, box, map,
+      narrow ? CU_TENSOR_MAP_L2_PROMOTION_L2_128B : CU_TENSOR_MAP_L2_PROMOTION_L2_256B);
 }
 
 int encode_pack_map(const Array& a, DataType type, int group, int pack, int rows,

@@ -21,8 +21,10 @@ struct Array {
 
 // Describes `array` with boxes of `rows` (at most 256) rows of one head by 64 columns, swizzled:
 // ptx/tma.cuh. No axis may be empty. A batch stride of 0 leaves a map with one batch entry. Takes
-// about a microsecond and allocates nothing. Returns a cudaError_t.
-int encode_tensor_map(const Array& array, DataType type, int rows, CUtensorMap* map);
+// about a microsecond and allocates nothing. Returns a cudaError_t. A read brings 256 bytes to the
+// L2 cache, or 128 where a row has no more and is read `once`.
+int encode_tensor_map(const Array& array, DataType type, int rows, CUtensorMap* map,
+                      bool once = false);
 
 // The same with boxes of several heads: `rows` rows, of each `pack` heads, out of one of the
 // groups of `group` neighbouring heads. A box reads no head of another group.

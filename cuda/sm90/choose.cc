@@ -17,10 +17,12 @@ namespace {
 // The tile that serves the problem if heads are not packed.
 int find_tile(const ForwardProblem& p, int32_t head_dim) {
   const bool masked = has_masks(p);
+  const bool pairs = p.seq_kv >= kPairsKeys;
   int found = -1;
   for (int i = 0; i < kForwardTileCount; ++i) {
     const ForwardTile& tile = kForwardTiles[i];
     if (tile.head_dim != head_dim || tile.masked != masked || tile.joins) continue;
+    if (tile.pairs && !(pairs && tiles_of_pack(p, 1, tile.tile_q()) % 2 == 0)) continue;
     found = i;
     if (p.seq_q <= kShort) break;
   }
@@ -60,7 +62,7 @@ int32_t choose_pack(const ForwardProblem& p, int32_t tile_q, int32_t packed_tile
 // so that little is lost where there are many tiles: the batch size must not decide, as above.
 int32_t choose_splits(const ForwardProblem& p, int32_t head_dim, int32_t pack, int32_t tile_q) {
   const bool all_keys = p.window_left == kUnbounded && p.chunk_size == 0;
-  if (!all_keys || tiles_of_pack(p, pack, tile_q) != 1) return 1;
+  if (!all_keys || tiles_of_pack(p, pack, tile_q) > kMostJoinedRows / tile_q) return 1;
   int32_t splits = 1;
   while (splits < kMostSplits && p.seq_kv / (2 * splits) >= kLeastShare / head_dim) splits *= 2;
   return splits;
@@ -80,9 +82,10 @@ void choose_tile(const ForwardProblem& p, ForwardPlan* plan) {
   const int packing = find_packing_tile(plan->head_dim, false);
   const int32_t packed_tile_q = kForwardTiles[packing].tile_q();
   plan->pack = choose_pack(p, kForwardTiles[plan->variant].tile_q(), packed_tile_q);
-  plan->splits = choose_splits(p, plan->head_dim, plan->pack, packed_tile_q);
+  const int joining = find_packing_tile(plan->head_dim, true);
+  plan->splits = choose_splits(p, plan->head_dim, plan->pack, kForwardTiles[joining].tile_q());
   if (plan->splits > 1) {
-    plan->variant = find_packing_tile(plan->head_dim, true);
+    plan->variant = joining;
   } else if (plan->pack > 1) {
     plan->variant = packing;
   }
@@ -92,6 +95,7 @@ void choose_tile(const ForwardProblem& p, ForwardPlan* plan) {
   plan->stages = tile.stages();
   plan->block = tile.threads();
   plan->smem_bytes = tile.smem_bytes();
+  plan->cluster = std::max(plan->splits, tile.blocks());
 }
 
 // Towards the end a block that begins a long tile keeps all others waiting, so the last section is

@@ -31,6 +31,8 @@ inline constexpr int32_t kMostPackedHeads = 64;
 // Blocks of a cluster, as many as every device has room for; and numbers of K for each at least:
 // they must take long beside a block's start and the joining of its output.
 inline constexpr int32_t kMostSplits = 8;
+// Rows of a pack whose keys are shared out, in one tile or two.
+inline constexpr int32_t kMostJoinedRows = 128;
 inline constexpr int32_t kLeastShare = 2048 * 128;
 
 // Heads that are walked together: no more than run at once at short lengths, or each would read

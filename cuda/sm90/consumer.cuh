@@ -6,6 +6,7 @@
 #include "ptx/cluster.cuh"
 #include "ptx/common.cuh"
 #include "ptx/mbarrier.cuh"
+#include "ptx/mma.cuh"
 #include "ptx/tma.cuh"
 #include "ptx/warpgroup.cuh"
 #include "ptx/wgmma.cuh"
@@ -35,6 +36,7 @@ struct Consumer {
   Ring<kT.stages()> k_ring, v_ring;
   Ring<2> tile_ring;
   Ring<kT.q_stages> q_ring;
+  uint32_t q[kT.pairs ? kD / 16 : 1][4];  // of pairs: Q as A operands
 
   // Of the present tile.
   RowScores<kTile, kType> rows;
@@ -67,7 +69,7 @@ struct Consumer {
         multiply(s, o, probabilities);
         ptx::wgmma_wait<1>();
         ptx::pin(s);
-        if (n + 1 == work.steps) release_q();
+        if (!kT.pairs && n + 1 == work.steps) release_q();
         adjust(s);
         rows.exponentiate(s, [&](float sum) { release_k(sum); });
         ptx::wgmma_wait<0>();
@@ -94,7 +96,7 @@ struct Consumer {
       }
       const Work next = take_tile();
       q_ring.next();
-      if constexpr (kT.q_stages == 1) {
+      if constexpr (kT.q_stages == 1 && !kT.pairs) {
         // The next Q begins to come now that this one's place is free: what is left to do of this
         // tile does not wait for it.
         multiply_pv(o, probabilities);
@@ -133,6 +135,11 @@ struct Consumer {
       work = next;
     }
     store(o);
+    if constexpr (kT.pairs) {  // nobody leaves while the peer may still arrive at its barriers
+      __syncwarp();
+      ptx::cluster_arrive();
+      ptx::cluster_wait();
+    }
   }
 
  private:
@@ -151,6 +158,7 @@ struct Consumer {
     if (!work.exists) return;
     ptx::mbarrier_wait(smem.q_full(q_ring.stage, consumer), q_ring.parity);
     if (work.scale < 0.0f) flip_q();
+    if constexpr (kT.pairs) load_q();
     ptx::mbarrier_wait(smem.k_full(k_ring.stage), k_ring.parity);
   }
 
@@ -165,19 +173,39 @@ struct Consumer {
   __device__ __forceinline__ void release_q() {
     if (lane == 0) ptx::mbarrier_arrive(smem.q_empty(q_ring.stage, consumer));
   }
+  // A stage of K or V, of every block that brings a part of it.
+  __device__ __forceinline__ void release(uint32_t empty) {
+    if constexpr (kT.pairs) {
+      if (lane < kT.blocks()) ptx::mbarrier_arrive_peer(ptx::peer_address(empty, lane));
+    } else {
+      if (lane == 0) ptx::mbarrier_arrive(empty);
+    }
+  }
   // `sum` is of the exponentials that must come before. The address depends on it, but only in
   // name: the assembler, which lifts the wait for P V over arithmetic, cannot lift it over this.
   __device__ __forceinline__ void release_k(float sum) {
     const uint32_t nothing = kT.split > 0 ? __float_as_uint(sum) & schedule.zero : 0;
-    if (lane == 0) ptx::mbarrier_arrive(smem.k_empty(k_ring.stage) + nothing);
+    release(smem.k_empty(k_ring.stage) + nothing);
     k_ring.next();
   }
   __device__ __forceinline__ void release_v() {
-    if (lane == 0) ptx::mbarrier_arrive(smem.v_empty(v_ring.stage));
+    release(smem.v_empty(v_ring.stage));
     v_ring.next();
   }
 
   // --- Products
+
+  // From shared memory, which then has room for the next tile's.
+  __device__ __forceinline__ void load_q() {
+    const int row = 16 * warp + lane % 16;
+#pragma unroll
+    for (int i = 0; i < kD / 16; ++i) {
+      const int chunk = (2 * (i % 4) + lane / 16) ^ (row % 8);
+      ptx::load_matrix_x4(
+          q[i], smem.q(q_ring.stage, consumer) + i / 4 * kPanelQ + 128 * row + 16 * chunk);
+    }
+    release_q();
+  }
 
   // S = Q K^T of the block to come, O += P V of the block before.
   __device__ __forceinline__ void multiply(Scores& s, float (&o)[kD / 2],
@@ -195,13 +223,17 @@ struct Consumer {
     // of all products of Q before the loop and, short of uniform registers, fetch each from a
     // vector.
     const uint32_t nothing = k_ring.parity & schedule.zero;
-    const uint64_t q = ptx::wgmma_descriptor(smem.q(q_ring.stage, consumer) + nothing);
-    const uint64_t k = ptx::wgmma_descriptor(smem.k(k_ring.stage));
+    const uint64_t q_rows = ptx::wgmma_descriptor(smem.q(q_ring.stage, consumer) + nothing);
+    const uint64_t k_rows = ptx::wgmma_descriptor(smem.k(k_ring.stage));
 #pragma unroll
     for (int i = 0; i < kD / 16; ++i) {
-      ptx::wgmma<kType, false, false>(s, ptx::wgmma_advance(q, i / 4 * kPanelQ + i % 4 * 32),
-                                      ptx::wgmma_advance(k, i / 4 * kPanelKv + i % 4 * 32),
-                                      i != 0);
+      const uint64_t k = ptx::wgmma_advance(k_rows, i / 4 * kPanelKv + i % 4 * 32);
+      if constexpr (kT.pairs) {
+        ptx::wgmma<kType, false>(s, q[i], k, i != 0);
+      } else {
+        ptx::wgmma<kType, false, false>(
+            s, ptx::wgmma_advance(q_rows, i / 4 * kPanelQ + i % 4 * 32), k, i != 0);
+      }
     }
     ptx::wgmma_commit();
   }
@@ -268,9 +300,8 @@ struct Consumer {
 
   // A tile's first scores become exponentials.
   __device__ __forceinline__ void first_step(const Work& work, Scores& s) {
-    if (work.steps == 1) release_q();
-    const bool half = work.masked > 0 && rows.mask_first(s, work.first_key<kTileKv>(0));
-    rows.exponentiate(s, [&](float sum) { release_k(sum); }, half);
+    if (!kT.pairs && work.steps == 1) release_q();
+    rows.exponentiate_first(s, work.first_key<kTileKv>(0), [&](float sum) { release_k(sum); });
   }
 
   // --- Corrections in shared memory, which few calls need

@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "problem.h"
+#include "ptx/cluster.cuh"
 #include "ptx/common.cuh"
 #include "ptx/tma.cuh"
 #include "ptx/warpgroup.cuh"
@@ -18,7 +19,8 @@
 namespace flash2::sm90 {
 
 template <int kTile, DataType kType>
-__global__ void __launch_bounds__(kForwardTiles[kTile].threads(), 1)
+__global__ void __launch_bounds__(kForwardTiles[kTile].threads(),
+                                  kForwardTiles[kTile].blocks_per_sm())
     forward(const __grid_constant__ ForwardMaps maps, const __grid_constant__ ForwardParams params,
             const __grid_constant__ ForwardSchedule schedule) {
   constexpr ForwardTile kT = kForwardTiles[kTile];
@@ -38,14 +40,21 @@ __global__ void __launch_bounds__(kForwardTiles[kTile].threads(), 1)
       ptx::prefetch_tensor_map(&maps.value);
     }
   }
-  __syncthreads();
+  if constexpr (kT.pairs) {  // nobody writes to a peer's barriers before they are there
+    ptx::cluster_arrive();
+    ptx::cluster_wait();
+  } else {
+    __syncthreads();
+  }
   if (group == 0) {
     ptx::lower_registers<kT.producer_registers()>();
     if (warp == 0) Producer<kTile>{maps, params, schedule, smem, lane == 0}.run();
     if (warp == 1) scheduler.run();
   } else {
     ptx::raise_registers<kT.consumer_registers()>();
-    Consumer<kTile, kType>{params, schedule, smem, group - 1, warp, lane}.run();
+    // A lone consumer's number is a constant: what it names takes no barriers of other blocks.
+    const int consumer = kT.consumers == 1 ? 0 : group - 1;
+    Consumer<kTile, kType>{params, schedule, smem, consumer, warp, lane}.run();
   }
 }
 

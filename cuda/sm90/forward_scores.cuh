@@ -21,7 +21,7 @@ namespace flash2::sm90 {
 template <int kTile, DataType kType>
 struct RowScores {
   static constexpr ForwardTile kT = kForwardTiles[kTile];
-  static constexpr int kD = kT.head_dim, kTileKv = kT.tile_kv;
+  static constexpr int kD = kT.head_dim, kTileKv = kT.tile_kv, kBlocks = kTileKv / 8;
   using Scores = float[kTileKv / 2];
 
   OnlineSoftmax<2> online;
@@ -51,19 +51,10 @@ struct RowScores {
     }
   }
 
-  // Masks a tile's first block. True if no row of the warp sees its upper half, as on a diagonal
-  // the rows of the upper consumer: then only the lower half is worked on.
-  __device__ __forceinline__ bool mask_first(Scores& s, int first_key) {
-    bool half = false;
-    if (kT.packs()) half = __shfl_sync(~0u, row_end[1], 31) <= first_key + kTileKv / 2;
-    half ? mask<kTileKv / 2>(s, first_key) : mask<kTileKv>(s, first_key);
-    return half;
-  }
-
-  // The first kColumns of a block.
+  // Rules out what the rows do not see of kColumns from `first_key` on; `s` begins with them.
   template <int kColumns>
-  __device__ __forceinline__ void mask(Scores& s, int first_key) {
-    auto& blocks = reinterpret_cast<float (&)[1][kColumns / 8][4]>(s);
+  __device__ __forceinline__ void mask(float* s, int first_key) {
+    auto& blocks = reinterpret_cast<float (&)[1][kColumns / 8][4]>(*s);
     if (first_key + kColumns > warp_end) {
       sm80::mask_columns<1, kColumns, true>(blocks,
                                             [&](int r) { return row_end[r / 8] - first_key; });
@@ -76,58 +67,57 @@ struct RowScores {
     }
   }
 
-  // Scores become exponentials, where `half` says so those of the lower half of the columns alone,
-  // and the others 0. `between` is called with a sum that depends on the first split / 8 of them.
+  // Scores become exponentials. `between` is called with a sum that depends on the first split / 8
+  // of them.
   template <class Between>
-  __device__ __forceinline__ void exponentiate(Scores& s, Between between, bool half = false) {
-    constexpr int kBlocks = kTileKv / 8, kHalf = kBlocks / 2;
-    static_assert(kBlocks * kT.split / 8 < kHalf);
+  __device__ __forceinline__ void exponentiate(Scores& s, Between between) {
+    constexpr int kEarly = kBlocks * kT.split / 8;
     float largest[2] = {-INFINITY, -INFINITY};
-    const auto maximum = [&](int begin, int end) {
-#pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        float a = s[4 * begin + 2 * r], b = s[4 * begin + 2 * r + 1];
-#pragma unroll
-        for (int j = begin + 1; j < end; ++j) {
-          a = fmaxf(a, s[4 * j + 2 * r]);
-          b = fmaxf(b, s[4 * j + 2 * r + 1]);
-        }
-        largest[r] = fmaxf(largest[r], fmaxf(a, b));
-      }
-    };
-    maximum(0, kHalf);
-    if (!half) maximum(kHalf, kBlocks);
+    find_largest(s, 0, kBlocks, largest);
     decayed = false;
     online.raise(largest, factor, [&](int r, float d) {
       decay[r] = d;
       decayed = true;
     });
-    float base[2], sum[2] = {0.0f, 0.0f};
+    Sums sums(*this);
+    sums.add(s, 0, kEarly);
+    between(sums.odd[0] + sums.odd[1]);
+    sums.add(s, kEarly, kBlocks);
+    sums.finish();
+  }
+
+  // The same of a tile's first block, which it also masks. What lies above all keys that the
+  // warp's rows see costs nothing, part by part: on a diagonal more than a third of the block.
+  // Three consumers have no registers for it.
+  template <class Between>
+  __device__ __forceinline__ void exponentiate_first(Scores& s, int first_key, Between between) {
+    constexpr int kPart = kT.consumers == 3 ? kTileKv : kTileKv % 32 == 0 ? 32 : kTileKv / 2;
+    constexpr int kParts = kTileKv / kPart;
+    int seen = kTileKv;
+    if (kT.masked && kParts > 1) seen = __shfl_sync(~0u, row_end[1], 31) - first_key;
+    float largest[2] = {-INFINITY, -INFINITY};
 #pragma unroll
-    for (int r = 0; r < 2; ++r) base[r] = online.base(r, factor);
-    const auto exponentials = [&](int begin, int end) {
-#pragma unroll
-      for (int j = begin; j < end; ++j) {
-        if (j == kBlocks * kT.split / 8) between(sum[0] + sum[1]);
-#pragma unroll
-        for (int r = 0; r < 2; ++r) {
-          float* pair = &s[4 * j + 2 * r];
-          pair[0] = ptx::exp2(fmaf(pair[0], factor, -base[r]));
-          pair[1] = ptx::exp2(fmaf(pair[1], factor, -base[r]));
-          online.sum[r] += pair[0];
-          sum[r] += pair[1];
-        }
-      }
-    };
-    exponentials(0, kHalf);
-    if (!half) {
-      exponentials(kHalf, kBlocks);
-    } else {
-#pragma unroll
-      for (int i = 4 * kHalf; i < 4 * kBlocks; ++i) s[i] = 0.0f;
+    for (int part = 0; part < kParts; ++part) {
+      const int begin = part * kPart;
+      if (begin >= seen) continue;
+      mask<kPart>(&s[begin / 2], first_key + begin);
+      find_largest(s, begin / 8, (begin + kPart) / 8, largest);
     }
+    decayed = false;
+    online.begin(largest);
+    Sums sums(*this);
 #pragma unroll
-    for (int r = 0; r < 2; ++r) online.sum[r] += sum[r];
+    for (int part = 0; part < kParts; ++part) {
+      const int begin = part * kPart;
+      if (begin < seen) {
+        sums.add(s, begin / 8, (begin + kPart) / 8);
+      } else {
+#pragma unroll
+        for (int i = begin / 2; i < (begin + kPart) / 2; ++i) s[i] = 0.0f;
+      }
+      if (part == 0) between(sums.odd[0] + sums.odd[1]);
+    }
+    sums.finish();
   }
 
   __device__ __forceinline__ void rescale(float (&o)[kD / 2]) {
@@ -144,6 +134,49 @@ struct RowScores {
 #pragma unroll
     for (int i = 0; i < kTileKv / 4; ++i) {
       probabilities[i / 4][i % 4] = ptx::pack<kType>(s[2 * i], s[2 * i + 1]);
+    }
+  }
+
+ private:
+  // Makes exponentials of blocks of 8 columns; their sums run in two chains a row.
+  struct Sums {
+    RowScores& rows;
+    float base[2], odd[2] = {0.0f, 0.0f};
+
+    __device__ __forceinline__ explicit Sums(RowScores& scores) : rows(scores) {
+#pragma unroll
+      for (int r = 0; r < 2; ++r) base[r] = rows.online.base(r, rows.factor);
+    }
+    __device__ __forceinline__ void add(Scores& s, int begin, int end) {
+#pragma unroll
+      for (int j = begin; j < end; ++j) {
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+          float* pair = &s[4 * j + 2 * r];
+          pair[0] = ptx::exp2(fmaf(pair[0], rows.factor, -base[r]));
+          pair[1] = ptx::exp2(fmaf(pair[1], rows.factor, -base[r]));
+          rows.online.sum[r] += pair[0];
+          odd[r] += pair[1];
+        }
+      }
+    }
+    __device__ __forceinline__ void finish() {
+#pragma unroll
+      for (int r = 0; r < 2; ++r) rows.online.sum[r] += odd[r];
+    }
+  };
+
+  static __device__ __forceinline__ void find_largest(const Scores& s, int begin, int end,
+                                                      float (&largest)[2]) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      float a = s[4 * begin + 2 * r], b = s[4 * begin + 2 * r + 1];
+#pragma unroll
+      for (int j = begin + 1; j < end; ++j) {
+        a = fmaxf(a, s[4 * j + 2 * r]);
+        b = fmaxf(b, s[4 * j + 2 * r + 1]);
+      }
+      largest[r] = fmaxf(largest[r], fmaxf(a, b));
     }
   }
 };

@@ -17,7 +17,7 @@ namespace flash2::sm90 {
 
 struct ForwardMaps {
   CUtensorMap query;  // boxes of 64 rows: positions, of each the heads of the pack
-  CUtensorMap key;    // boxes of tile_kv rows
+  CUtensorMap key;    // boxes of the rows of a block of keys that one block brings
   CUtensorMap value;
 };
 

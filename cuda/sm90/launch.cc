@@ -49,8 +49,10 @@ int encode_maps(const ForwardProblem& p, const ForwardPlan& plan, ForwardMaps* m
                                   64 / plan.pack, &maps->query)) {
     return error;
   }
-  if (int error = encode_tensor_map(key, p.data_type, plan.tile_kv, &maps->key)) return error;
-  return encode_tensor_map(value, p.data_type, plan.tile_kv, &maps->value);
+  const int rows = kForwardTiles[plan.variant].box_kv();
+  const bool once = plan.splits > 1;
+  if (int error = encode_tensor_map(key, p.data_type, rows, &maps->key, once)) return error;
+  return encode_tensor_map(value, p.data_type, rows, &maps->value, once);
 }
 
 }  // namespace
@@ -82,14 +84,14 @@ int launch_forward(const ForwardProblem& problem, const ForwardPlan& plan, void*
                            plan.splits};
   cudaLaunchAttribute cluster = {};
   cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim = {static_cast<unsigned>(plan.splits), 1, 1};
+  cluster.val.clusterDim = {static_cast<unsigned>(plan.cluster), 1, 1};
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(plan.grid);
   config.blockDim = dim3(plan.block);
   config.dynamicSmemBytes = plan.smem_bytes;
   config.stream = stream;
   config.attrs = &cluster;
-  config.numAttrs = plan.splits > 1 ? 1 : 0;
+  config.numAttrs = plan.cluster > 1 ? 1 : 0;
   void* arguments[] = {&maps, &params, &schedule};
   return cudaLaunchKernelExC(&config, kernel, arguments);
 }

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "ptx/cluster.cuh"
 #include "ptx/mbarrier.cuh"
 #include "ptx/tma.cuh"
 #include "sm90/kernels.h"
@@ -17,20 +18,24 @@ template <int kTile>
 struct Producer {
   static constexpr ForwardTile kT = kForwardTiles[kTile];
   static constexpr int kPanels = kT.head_dim / 64;
+  // Whether the next tile's Q has room before the consumers are done with this tile's.
+  static constexpr bool kEarlyQ = kT.q_stages == 2 || kT.pairs;
 
   const ForwardMaps& maps;
   const ForwardParams& params;
   const ForwardSchedule& schedule;
   SharedMemory<kTile> smem;
   bool leader;
-  uint64_t keep, pass;  // policies of the L2 cache: K and V are read again, Q is not
+  // Policies of the L2 cache: K and V are read again, but for those that a cluster shares out, Q
+  // is not.
+  uint64_t keep, pass;
   Ring<kT.stages()> k_ring, v_ring;
   Ring<2> tile_ring;
   Ring<kT.q_stages> q_ring;
 
   __device__ __forceinline__ void run() {
-    keep = ptx::policy_evict_last();
     pass = ptx::policy_evict_first();
+    keep = kT.joins ? pass : ptx::policy_evict_last();
     Work work = take_tile();
     load_k(work, 0);
     load_q(work);
@@ -44,10 +49,10 @@ struct Producer {
       }
       const Work next = take_tile();
       if (!next.exists) break;
-      if (kT.q_stages == 2) load_q(next);
+      if (kEarlyQ) load_q(next);
       load_k(next, 0);
       load_v(work, work.steps - 1);
-      if (kT.q_stages == 1) load_q(next);  // waits until the consumers are done with this tile's
+      if (!kEarlyQ) load_q(next);  // waits until the consumers are done with this tile's
       work = next;
     }
     load_v(work, work.steps - 1);
@@ -109,10 +114,17 @@ struct Producer {
     ptx::mbarrier_wait_warp(empty, parity ^ 1);
     if (leader) {
       ptx::mbarrier_arrive_expect(full, kT.kv_bytes());
+      const int key = work.first_key<kT.tile_kv>(step);
 #pragma unroll
       for (int panel = 0; panel < kPanels; ++panel) {
-        ptx::tma_load(target + panel * kT.tile_kv * 128, &map, full, panel * 64,
-                      work.first_key<kT.tile_kv>(step), work.head_kv, batch, keep);
+        const uint32_t rows = target + panel * kT.tile_kv * 128;
+        if constexpr (kT.pairs) {
+          const int first = static_cast<int>(ptx::cluster_rank()) * kT.box_kv();
+          ptx::tma_load_multicast(rows + 128 * first, &map, full, panel * 64, key + first,
+                                  work.head_kv, batch, 3, keep);
+        } else {
+          ptx::tma_load(rows, &map, full, panel * 64, key, work.head_kv, batch, keep);
+        }
       }
     }
   }

@@ -21,6 +21,8 @@ struct SharedMemory {
   // Barriers by number, `full` before `empty`.
   static constexpr int kK = 0, kV = 2 * kStages, kTileRing = 4 * kStages, kQ = kTileRing + 5;
   static_assert(8 * (kQ + 2 * kT.q_stages * kT.consumers) + 2 * Work::kBytes <= kT.state_bytes());
+  // Warps that read a stage of K or V, each with one arrival; of both blocks of a pair.
+  static constexpr int kReaders = 4 * kT.consumers * kT.blocks();
   uint32_t base;
 
   __device__ __forceinline__ uint32_t q(uint32_t stage, int consumer) const {
@@ -64,9 +66,9 @@ struct SharedMemory {
   __device__ __forceinline__ void init_barriers() const {
     for (uint32_t stage = 0; stage < kStages; ++stage) {
       ptx::mbarrier_init(k_full(stage), 1);
-      ptx::mbarrier_init(k_empty(stage), 4 * kT.consumers);  // one arrival per warp
+      ptx::mbarrier_init(k_empty(stage), kReaders);
       ptx::mbarrier_init(v_full(stage), 1);
-      ptx::mbarrier_init(v_empty(stage), 4 * kT.consumers);
+      ptx::mbarrier_init(v_empty(stage), kReaders);
     }
     for (uint32_t stage = 0; stage < 2; ++stage) {
       ptx::mbarrier_init(tile_full(stage), 1);

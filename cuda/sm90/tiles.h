@@ -1,12 +1,10 @@
 // The tiles of the sm90 family, and why each stops where it does (measured on an H100: NOTES.md).
 //
 //  * A consumer owns 64 rows. Two of them have 232 registers a thread beside a producer's 40,
-//  three
-//    have 160 and 32.
+//    three have 160 and 32; one has 216 and leaves half a multiprocessor to another block.
 //  * O takes head_dim / 2 registers, S tile_kv / 2, P half of that: what is left bounds tile_kv.
 //  * Two stages of K and of V. At head_dim 64 four, and at 128 three with one of Q, gained
-//  nothing.
-//
+//    nothing, but for pairs of blocks.
 #pragma once
 
 #include "problem.h"
@@ -24,20 +22,29 @@ struct ForwardTile {
   bool store_late;     // O is stored while the next tile's second Q K^T runs, not before it
   int split;           // eighths of a step's exponentials that must not wait for P V
   bool joins = false;  // a cluster shares the keys of each tile: join.cuh
+  // Two blocks, a cluster, work on neighbouring tiles of a head: each brings half of every K and V
+  // for both. A consumer keeps Q in registers, so that shared memory has room for a third stage,
+  // without which the blocks wait for each other.
+  bool pairs = false;
 
-  FLASH2_HOST_DEVICE constexpr int stages() const { return 2; }  // of K and of V
+  // Of K and of V.
+  FLASH2_HOST_DEVICE constexpr int stages() const { return pairs || consumers == 1 ? 3 : 2; }
+  // Blocks that bring K and V together, and the rows that each of them brings.
+  FLASH2_HOST_DEVICE constexpr int blocks() const { return pairs ? 2 : 1; }
+  FLASH2_HOST_DEVICE constexpr int box_kv() const { return tile_kv / blocks(); }
   // Whether a tile may hold several query heads of a key head. The others have no registers for it
   // (head_dim 64, three consumers) or no masks, and where heads are packed copies take the time.
-  FLASH2_HOST_DEVICE constexpr bool packs() const { return masked && consumers == 2; }
+  FLASH2_HOST_DEVICE constexpr bool packs() const { return masked && consumers <= 2; }
   // Whether the next tile's Q is called into the L2 cache as soon as that tile is known. It gained
   // 2 to 4 % at length 512 without masks, and lost up to 9 % with them and at head_dim 256.
   FLASH2_HOST_DEVICE constexpr bool prefetches_q() const { return !masked && head_dim < 256; }
   FLASH2_HOST_DEVICE constexpr int tile_q() const { return 64 * consumers; }
+  FLASH2_HOST_DEVICE constexpr int blocks_per_sm() const { return consumers == 1 ? 2 : 1; }
   FLASH2_HOST_DEVICE constexpr int threads() const { return 128 * (consumers + 1); }
-  // Of 65536 registers; the producer's warpgroup gives what it does not need.
-  FLASH2_HOST_DEVICE constexpr int producer_registers() const { return consumers == 2 ? 40 : 32; }
+  // Of a block's part of 65536 registers; the producer's warpgroup gives what it does not need.
+  FLASH2_HOST_DEVICE constexpr int producer_registers() const { return consumers <= 2 ? 40 : 32; }
   FLASH2_HOST_DEVICE constexpr int consumer_registers() const {
-    return consumers == 2 ? 232 : 160;
+    return consumers == 1 ? 216 : consumers == 2 ? 232 : 160;
   }
   FLASH2_HOST_DEVICE constexpr int q_bytes() const { return 64 * head_dim * 2; }  // one consumer's
   FLASH2_HOST_DEVICE constexpr int kv_bytes() const { return tile_kv * head_dim * 2; }
@@ -55,11 +62,17 @@ inline constexpr ForwardTile kForwardTiles[] = {
     // less. From 2048 on three consumers lead.
     {64, true, 2, 128, 2, true, false, false, 0},
     {64, true, 3, 128, 2, true, false, false, 0},
-    {64, true, 2, 128, 2, false, false, false, 0, true},
+    // 105 KB, and half of the registers: where keys are shared out, two blocks run on a
+    // multiprocessor, and one begins and ends while the other reads.
+    {64, true, 1, 128, 1, false, false, false, 0, true},
     // 193 KB. 128 x 176 has room for one stage of Q only and was 0 to 4 % slower.
     {128, false, 2, 128, 2, false, false, true, 3},
+    // 225 KB, for many keys: where the chip runs at its power limit, every byte that does not come
+    // from the L2 cache is speed.
+    {128, false, 2, 128, 1, false, false, true, 3, false, true},
     {128, true, 2, 128, 2, false, false, false, 3},
-    {128, true, 2, 128, 2, false, false, false, 3, true},
+    // 113 KB.
+    {128, true, 1, 64, 1, false, false, false, 3, true},
     // 225 KB of the 227 there are.
     {256, false, 2, 80, 1, false, true, false, 0},
     // 64 keys of the 80 there is room for waste less of the diagonal: 3 % faster at 512, level at
@@ -69,6 +82,8 @@ inline constexpr ForwardTile kForwardTiles[] = {
 };
 // Query lengths up to it prefer the first masked tile of a bucket, longer ones the last.
 inline constexpr int kShort = 1024;
+// From so many keys on pairs lead; with few, blocks wait for each other more than they save.
+inline constexpr int kPairsKeys = 8192;
 inline constexpr int kForwardTileCount = sizeof(kForwardTiles) / sizeof(kForwardTiles[0]);
 
 }  // namespace flash2::sm90

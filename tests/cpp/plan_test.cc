@@ -217,6 +217,26 @@ CASE(hopper_shares_out_many_keys_of_few_queries) {
   }
 }
 
+CASE(pairs_share_long_keys_and_have_a_tile_each) {
+  for (int head_dim : {64, 128, 256}) {
+    for (int seq_q : {100, 2048, 8192, 8320, 16384}) {
+      for (int seq_kv : {512, 8191, 8192, 100000}) {
+        ForwardProblem p = problem(head_dim, seq_q, seq_kv, 3);
+        const ForwardPlan plan = plan_forward(kH100, p);
+        const bool pairs = plan.cluster == 2 && plan.splits == 1;
+        const bool even = tiles(plan) / p.heads_q % 2 == 0;
+        CHECK(pairs == (head_dim == 128 && seq_q > 1024 && seq_kv >= 8192 && even),
+              show(kH100, p) << ", clusters of " << plan.cluster);
+        Device odd = kH100;
+        odd.num_sms = 3;
+        if (pairs) CHECK(plan.grid % 2 == 0 && plan_forward(odd, p).grid == 2, plan.grid);
+        p.is_causal = true;
+        CHECK(plan_forward(kH100, p).cluster == plan_forward(kH100, p).splits, show(kH100, p));
+      }
+    }
+  }
+}
+
 CASE(the_last_section_balances_its_tiles) {
   for (int head_dim : {64, 128, 256}) {
     for (int seq : {100, 512, 1024, 4096, 16384, 1 << 18}) {
