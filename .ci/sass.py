@@ -4,6 +4,9 @@ ptxas reports spills of a whole kernel; what matters is where they are, and whic
 of a warpgroup wait for their descriptors. A loop is what lies
 between a backward branch and its target; a main loop is an innermost one with matrix
 products, and of those the shortest, since the others also mask.
+
+A barrier's place in shared memory may serve nothing else: on Hopper its state is kept
+elsewhere and may come back over what was stored there.
 """
 
 import re
@@ -19,6 +22,8 @@ LINE = re.compile(
 )
 PRODUCTS = ("HMMA", "HGMMA")
 LOCAL = ("LDL", "STL")
+SHARED = ("LDS", "STS", "ATOMS")
+PLACE = re.compile(r"\[[^]]*\+0x([0-9a-f]+)\]")
 BACKWARD = re.compile(r"sm80\d+backward_")
 GENERAL_BACKWARD = re.compile(r"sm80\d+backward_\w+ELb1E")
 
@@ -49,6 +54,19 @@ class Kernel:
         ]
         return min(inner, key=len, default=[])
 
+    def accesses_to_barriers(self) -> list[str]:
+        """Plain accesses at the offset of a barrier, of 8 bytes."""
+
+        def places(operations: tuple[str, ...]) -> Iterator[tuple[int, str]]:
+            for _, operation, operands in self.code:
+                found = PLACE.search(operands)
+                if operation in operations and found:
+                    yield int(found[1], 16), f"{operation} {operands}"
+
+        # They lie behind all the rest: a small offset is one from some other base.
+        barriers = {place // 8 for place, _ in places(("SYNCS",)) if place >= 4096}
+        return [text for place, text in places(SHARED) if place // 8 in barriers]
+
 
 def kernels(text: str) -> Iterator[Kernel]:
     architecture, kernel = "", None
@@ -69,6 +87,10 @@ def judge(text: str) -> tuple[int, list[str]]:
     """Number of main loops, and what is wrong in them, of a disassembly."""
     loops, problems = 0, []
     for kernel in kernels(text):
+        problems += [
+            f"{kernel.name} for {kernel.architecture}: a barrier's place is used by {x}"
+            for x in kernel.accesses_to_barriers()
+        ]
         operations = [operation for _, operation, _ in kernel.main_loop()]
         loops += bool(operations)
         spills = sum(operation in LOCAL for operation in operations)

@@ -411,9 +411,11 @@ struct BackwardBlock {
     __threadfence();
     __syncthreads();
     int* finished = params.finished + int64_t{work.batch} * p.heads_kv + work.head_kv;
-    if (threadIdx.x == 0) ptx::store_shared(barriers, atomicAdd(finished, 1));
+    // Not through a barrier's place, which may serve nothing else (mbarrier.inval would have to
+    // come first): on Hopper the barrier's state has been seen to come back over the number.
+    if (threadIdx.x == 0) ptx::store_shared(ds, atomicAdd(finished, 1));
     __syncthreads();
-    if (ptx::load_shared(barriers) != params.tiles_kv - 1) return;
+    if (ptx::load_shared(ds) != params.tiles_kv - 1) return;
     __threadfence();
     const int strips = (p.seq_q + 15) / 16;
     for (int i = warp; i < strips * group; i += kWarps) {

@@ -26,10 +26,10 @@
 #include "ptx/mbarrier.cuh"
 #include "ptx/mma.cuh"
 #include "scheduler.cuh"
+#include "scores.cuh"
 #include "segments.cuh"
 #include "sm80/copies.cuh"
 #include "sm80/kernels.h"
-#include "sm80/scores.cuh"
 #include "sm80/tiles.h"
 #include "softmax.cuh"
 

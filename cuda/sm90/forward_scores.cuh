@@ -7,7 +7,7 @@
 #include "mask.cuh"
 #include "problem.h"
 #include "ptx/common.cuh"
-#include "sm80/scores.cuh"
+#include "scores.cuh"
 #include "sm90/kernels.h"
 #include "sm90/output.cuh"
 #include "sm90/tiles.h"
@@ -56,13 +56,12 @@ struct RowScores {
   __device__ __forceinline__ void mask(float* s, int first_key) {
     auto& blocks = reinterpret_cast<float (&)[1][kColumns / 8][4]>(*s);
     if (first_key + kColumns > warp_end) {
-      sm80::mask_columns<1, kColumns, true>(blocks,
-                                            [&](int r) { return row_end[r / 8] - first_key; });
+      mask_columns<1, kColumns, true>(blocks, [&](int r) { return row_end[r / 8] - first_key; });
     }
     if constexpr (kT.masked) {
       if (first_key < warp_begin) {
-        sm80::mask_columns<1, kColumns, false>(
-            blocks, [&](int r) { return row_begin[r / 8] - first_key; });
+        mask_columns<1, kColumns, false>(blocks,
+                                         [&](int r) { return row_begin[r / 8] - first_key; });
       }
     }
   }

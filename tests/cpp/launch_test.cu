@@ -4,6 +4,7 @@
 //
 //   launch_test                 all problems; prints their number
 //   launch_test --part I N      every N-th of them, from the I-th on
+//   launch_test --part I N T    T times each
 //   launch_test --plant TOOL    a kernel with the fault that memcheck, racecheck or synccheck must
 //                               find, to show that the tool sees what this program does
 
@@ -265,11 +266,13 @@ int main(int argc, char** argv) {
     plant(argv[2]);
     return 0;
   }
-  int part = 0, parts = 1;
-  if (argc == 4 && std::strcmp(argv[1], "--part") == 0) {
+  int part = 0, parts = 1, times = 1;
+  if ((argc == 4 || argc == 5) && std::strcmp(argv[1], "--part") == 0) {
     part = std::atoi(argv[2]), parts = std::atoi(argv[3]);
+    if (argc == 5) times = std::atoi(argv[4]);
   } else {
-    require(argc == 1, "usage: launch_test [--part I N | --plant memcheck|racecheck|synccheck]");
+    require(argc == 1,
+            "usage: launch_test [--part I N [T] | --plant memcheck|racecheck|synccheck]");
   }
   require(0 <= part && part < parts, "--part I N must have 0 <= I < N");
   Device device;
@@ -290,7 +293,9 @@ int main(int argc, char** argv) {
           // One shape each, another for each dtype.
           const Shape shape = kShapes[(problems + static_cast<int>(type)) % 3];
           if (problems++ % parts != part) continue;
-          run(d, type, head_dim, shape, setting, problems / 3 % 2 == 0, 80);
+          for (int t = 0; t < times; ++t) {
+            run(d, type, head_dim, shape, setting, problems / 3 % 2 == 0, 80);
+          }
           ++done;
         }
       }
@@ -310,7 +315,9 @@ int main(int argc, char** argv) {
           // On two multiprocessors alone there are several rounds of tiles, hence both directions.
           Device d = device;
           if (problems / 2 % 2 == 0) d.num_sms = 2;
-          run(d, type, head_dim, shape, setting, __builtin_popcount(problems) % 2 == 0, 0);
+          for (int t = 0; t < times; ++t) {
+            run(d, type, head_dim, shape, setting, __builtin_popcount(problems) % 2 == 0, 0);
+          }
           ++done;
         }
       }

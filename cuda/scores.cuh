@@ -1,4 +1,5 @@
-// What happens to a block of scores between Q K^T and the softmax.
+// What happens to a block of scores between Q K^T and the softmax, where accumulators lie as those
+// of mma.m16n8k16; of wgmma they lie so for each warp.
 //
 // A thread holds, of each 16 x 8 block (m, j): s[m][j][2 r + i] = row 16 m + 8 r + lane / 4,
 // column 8 j + 2 (lane % 4) + i. Rows and columns below count inside the warp's block.
@@ -8,7 +9,7 @@
 
 #include "softmax.cuh"
 
-namespace flash2::sm80 {
+namespace flash2 {
 
 // Rules out columns at or past limit(row) if kUpper, else those below it.
 template <int kM, int kColumns, bool kUpper, class Limit>
@@ -79,4 +80,4 @@ __device__ __forceinline__ void modify_scores(float (&s)[kM][kColumns / 8][4], f
   }
 }
 
-}  // namespace flash2::sm80
+}  // namespace flash2
