@@ -15,6 +15,7 @@ import argparse
 import re
 import sys
 from collections.abc import Iterable
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,8 @@ TITLES = {
     "flash2_sm90": "**jax_flash2, sm90 kernels**",
 }
 PASSES = {"fwd": "forward", "bwd": "backward"}
+# How many times as far as another bfloat16 run ours may have strayed from the float32 one.
+STRAYS_AT_MOST = 1.5
 # Of parity.json; the last is the one that the others are compared with.
 TRAINED = {
     "flash2": "**jax_flash2**, bfloat16",
@@ -42,6 +45,7 @@ TRAINED = {
     "xla": "XLA, bfloat16",
     "reference": "dense reference, float32",
 }
+EXACT = "reference"
 
 
 def table(head: list[str], rows: Iterable[list[str]]) -> str:
@@ -124,7 +128,7 @@ def cpu_memory(results: dict[str, Any]) -> str:
 def strays(runs: dict[str, Any], impl: str, which: str) -> list[float]:
     """How far a run is from the float32 one: the largest deviation up to each step."""
     largest, found = 0.0, []
-    for x, exact in zip(runs[impl][which], runs["reference"][which], strict=True):
+    for x, exact in zip(runs[impl][which], runs[EXACT][which], strict=True):
         largest = max(largest, abs(x - exact))
         found.append(largest)
     return found
@@ -135,7 +139,7 @@ def parity(results: dict[str, Any]) -> str:
     for impl, title in TRAINED.items():
         if impl not in runs:
             continue
-        run, far = runs[impl], impl != "reference" and "reference" in runs
+        run, far = runs[impl], impl != EXACT and EXACT in runs
         lines.append(
             [
                 title,
@@ -154,7 +158,30 @@ def parity(results: dict[str, Any]) -> str:
         "ms a step",
         "of its kernels' time, attention",
     ]
-    return table(head, lines)
+    return table(head, lines) + rule(runs)
+
+
+def rule(runs: dict[str, Any]) -> str:
+    """How far ours strays beside each other bfloat16 run, at the step where it is most."""
+    if not {"flash2", EXACT} <= runs.keys():
+        return ""
+    lines, kept = [], True
+    for impl, title in TRAINED.items():
+        if impl in ("flash2", EXACT) or impl not in runs:
+            continue
+        line = [title]
+        for which in ("loss", "grad_norm"):
+            both = (strays(runs, one, which) for one in ("flash2", impl))
+            ratios = [
+                a / b if b else inf if a else 0.0 for a, b in zip(*both, strict=True)
+            ]
+            most = max(ratios)
+            kept = kept and most <= STRAYS_AT_MOST
+            line.append(f"{most:.2f} (step {ratios.index(most) + 1})")
+        lines.append(line)
+    head = ["jax_flash2 strays, at most, times as far as", "loss", "gradient norm"]
+    said = f"At most {STRAYS_AT_MOST} at every step is the rule: it is "
+    return f"\n{table(head, lines)}\n{said}{'kept' if kept else '**not kept**'}.\n"
 
 
 def _share(run: dict[str, Any]) -> str:
@@ -261,7 +288,7 @@ def plot_parity(folder: Path) -> None:
             above.plot(
                 steps, runs[impl][which], color=f"C{n}", label=label, linewidth=1
             )
-            if impl != "reference" and "reference" in runs:
+            if impl != EXACT and EXACT in runs:
                 below.plot(steps, strays(runs, impl, which), color=f"C{n}")
         for ax in (above, below):
             ax.grid(alpha=0.3)
