@@ -175,9 +175,12 @@ def rule(runs: dict[str, Any]) -> str:
             ratios = [
                 a / b if b else inf if a else 0.0 for a, b in zip(*both, strict=True)
             ]
-            most = max(ratios)
-            kept = kept and most <= STRAYS_AT_MOST
-            line.append(f"{most:.2f} (step {ratios.index(most) + 1})")
+            most, above = max(ratios), sum(r > STRAYS_AT_MOST for r in ratios)
+            kept = kept and not above
+            where = f"step {ratios.index(most) + 1}"
+            if above:
+                where += f"; above {STRAYS_AT_MOST} at {above} of {len(ratios)}"
+            line.append(f"{most:.2f} ({where})")
         lines.append(line)
     head = ["jax_flash2 strays, at most, times as far as", "loss", "gradient norm"]
     said = f"At most {STRAYS_AT_MOST} at every step is the rule: it is "
