@@ -53,12 +53,16 @@ def evaluate(
 
 
 def check_families(
-    inputs: Inputs, note: str = "", families: tuple[str, ...] = FAMILIES
+    inputs: Inputs,
+    note: str = "",
+    families: tuple[str, ...] = FAMILIES,
+    others: tuple[Inputs, ...] = (),
 ) -> dict[str, dict[str, jax.Array]]:
     """What `evaluate` gives, by family, after all of them passed the rule of accuracy."""
     ours = {family: evaluate(inputs, family) for family in families}
     notes = {f"{note} {family}".strip(): x for family, x in ours.items()}
-    assert_follow_the_rule(without_slopes(inputs), notes)
+    first, *more = map(without_slopes, (inputs, *others))
+    assert_follow_the_rule(first, notes, more)
     return ours
 
 

@@ -79,15 +79,18 @@ def test_every_option_alone_changes_the_result(number, name):
 
 
 # For many options at once: several tiles, and rows that share a tile with another head's.
-SEVERAL = ((128, 128), (200, 333), (384, 129), (65, 64), (5, 300))
+SEVERAL = ((128, 128), (200, 333), (129, 384), (65, 64), (5, 300))
 
 
 def check_several(number, options, head_dim, family):
     shape = dict(zip(("q_length", "kv_length"), SEVERAL[number % 5], strict=True))
     dtype = DTYPES[number % 2]
     case = gpu_case(*options, **shape, head_dim=head_dim, dtype=dtype)
-    ours = check_families(case.inputs(seed=number), str(case), (family,))[family]
-    assert (ours["out"] != 0).any(-1).mean() > 0.05  # the masks leave something
+    seeds = range(number, number + 400, 100)
+    inputs, *others = (case.inputs(seed=seed) for seed in seeds)
+    others = tuple(others) if "scale_traced" in options else ()
+    ours = check_families(inputs, str(case), (family,), others)[family]
+    assert (ours["out"] != 0).any(-1).mean() > 0.1  # the masks leave something
 
 
 @pytest.mark.parametrize(("number", "options"), list(enumerate(covering(6, SUPPORTED))))
