@@ -5,6 +5,7 @@ Between ``<!-- results: NAME -->`` and ``<!-- end -->`` in README.md stands what
   cpu/speed           milliseconds on CPU, and how many times the dense path's speed
   cpu/memory          peak memory on CPU
   GPU/parity          one model trained with several attentions: losses and step times
+  GPU/ring            one sequence on several GPUs and on one, with its GPU/meta
   GPU/meta, cpu/meta  on what, with what, and when it was measured
 
   python benchmarks/report.py           rewrites README.md, and the plots results/GPU/*.png
@@ -193,6 +194,27 @@ def _share(run: dict[str, Any]) -> str:
     return f"{100 * run['attention_ms'] / run['kernels_ms']:.0f} %"
 
 
+def ring(results: dict[str, Any]) -> str:
+    """Milliseconds, and how many times as fast as one device."""
+    times: dict[tuple[Any, ...], dict[str, float]] = {}
+    for row in results["rows"]:
+        sizes = f"{row['seq']} tokens, {row['heads']}/{row['heads_kv']} heads"
+        call = f"{sizes} of {row['head_dim']}, {'causal' if row['causal'] else 'full'}"
+        way, devices = row["impl"].rsplit(", ", 1)
+        times.setdefault((call, way, devices), {})[row["pass"]] = row["ms"]
+    parts = []
+    for call in dict.fromkeys(key[0] for key in times):
+        one = times[call, "one device", "1"]
+        lines = [
+            [way if devices == "1" else f"{way}, {devices} devices"]
+            + [f"{ms[k]:.1f}, {one[k] / ms[k]:.2f} x" for k in ("fwd", "fwdbwd")]
+            for (of, way, devices), ms in times.items()
+            if of == call
+        ]
+        parts.append(table([call, "forward, ms", "forward + backward, ms"], lines))
+    return about(results) + "\n" + "\n".join(parts)
+
+
 def about(results: dict[str, Any]) -> str:
     meta = results["meta"]
     machine = meta.get("gpu") or meta.get("cpu")
@@ -207,15 +229,15 @@ def block(name: str) -> str:
     folder, which = name.split("/")
     file = "memory" if which == "memory" else "speed"
     if folder != "cpu":
-        file = "parity" if which == "parity" else "attention"
+        file = which if which in ("parity", "ring") else "attention"
     path = _results.FOLDER / folder / f"{file}.json"
     if not path.exists():
         return "Not measured yet.\n"
     results = _results.read(path)
     if which == "meta":
         return about(results)
-    if which == "parity":
-        return parity(results)
+    if which in ("parity", "ring"):
+        return {"parity": parity, "ring": ring}[which](results)
     if folder == "cpu":
         return {"speed": cpu_speed, "memory": cpu_memory}[which](results)
     return gpu(results, which)
