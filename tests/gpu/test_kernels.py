@@ -86,9 +86,11 @@ def check_several(number, options, head_dim, family):
     shape = dict(zip(("q_length", "kv_length"), SEVERAL[number % 5], strict=True))
     dtype = DTYPES[number % 2]
     case = gpu_case(*options, **shape, head_dim=head_dim, dtype=dtype)
-    seeds = range(number, number + 400, 100)
-    inputs, *others = (case.inputs(seed=seed) for seed in seeds)
-    others = tuple(others) if "scale_traced" in options else ()
+    inputs = case.inputs(seed=number)
+    # The scale's gradient is one number: of two that are as exact, by chance alone one is
+    # more than twice as far off as the other at every third draw.
+    more = range(100, 1600, 100) if "scale_traced" in options else ()
+    others = tuple(case.inputs(seed=number + seed) for seed in more)
     ours = check_families(inputs, str(case), (family,), others)[family]
     assert (ours["out"] != 0).any(-1).mean() > 0.1  # the masks leave something
 
