@@ -5,6 +5,7 @@ Between ``<!-- results: NAME -->`` and ``<!-- end -->`` in README.md stands what
   cpu/speed           milliseconds on CPU, and how many times the dense path's speed
   cpu/memory          peak memory on CPU
   GPU/parity          one model trained with several attentions: losses and step times
+  GPU/ring            one sequence on several GPUs and on one, with its GPU/meta
   GPU/meta, cpu/meta  on what, with what, and when it was measured
 
   python benchmarks/report.py           rewrites README.md, and the plots results/GPU/*.png
@@ -15,6 +16,7 @@ import argparse
 import re
 import sys
 from collections.abc import Iterable
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,8 @@ TITLES = {
     "flash2_sm90": "**jax_flash2, sm90 kernels**",
 }
 PASSES = {"fwd": "forward", "bwd": "backward"}
+# How many times as far as another bfloat16 run ours may have strayed from the float32 one.
+STRAYS_AT_MOST = 1.5
 # Of parity.json; the last is the one that the others are compared with.
 TRAINED = {
     "flash2": "**jax_flash2**, bfloat16",
@@ -42,6 +46,7 @@ TRAINED = {
     "xla": "XLA, bfloat16",
     "reference": "dense reference, float32",
 }
+EXACT = "reference"
 
 
 def table(head: list[str], rows: Iterable[list[str]]) -> str:
@@ -124,7 +129,7 @@ def cpu_memory(results: dict[str, Any]) -> str:
 def strays(runs: dict[str, Any], impl: str, which: str) -> list[float]:
     """How far a run is from the float32 one: the largest deviation up to each step."""
     largest, found = 0.0, []
-    for x, exact in zip(runs[impl][which], runs["reference"][which], strict=True):
+    for x, exact in zip(runs[impl][which], runs[EXACT][which], strict=True):
         largest = max(largest, abs(x - exact))
         found.append(largest)
     return found
@@ -135,7 +140,7 @@ def parity(results: dict[str, Any]) -> str:
     for impl, title in TRAINED.items():
         if impl not in runs:
             continue
-        run, far = runs[impl], impl != "reference" and "reference" in runs
+        run, far = runs[impl], impl != EXACT and EXACT in runs
         lines.append(
             [
                 title,
@@ -154,13 +159,60 @@ def parity(results: dict[str, Any]) -> str:
         "ms a step",
         "of its kernels' time, attention",
     ]
-    return table(head, lines)
+    return table(head, lines) + rule(runs)
+
+
+def rule(runs: dict[str, Any]) -> str:
+    """How far ours strays beside each other bfloat16 run, at the step where it is most."""
+    if not {"flash2", EXACT} <= runs.keys():
+        return ""
+    lines, kept = [], True
+    for impl, title in TRAINED.items():
+        if impl in ("flash2", EXACT) or impl not in runs:
+            continue
+        line = [title]
+        for which in ("loss", "grad_norm"):
+            both = (strays(runs, one, which) for one in ("flash2", impl))
+            ratios = [
+                a / b if b else inf if a else 0.0 for a, b in zip(*both, strict=True)
+            ]
+            most, above = max(ratios), sum(r > STRAYS_AT_MOST for r in ratios)
+            kept = kept and not above
+            where = f"step {ratios.index(most) + 1}"
+            if above:
+                where += f"; above {STRAYS_AT_MOST} at {above} of {len(ratios)}"
+            line.append(f"{most:.2f} ({where})")
+        lines.append(line)
+    head = ["jax_flash2 strays, at most, times as far as", "loss", "gradient norm"]
+    said = f"At most {STRAYS_AT_MOST} at every step is the rule: it is "
+    return f"\n{table(head, lines)}\n{said}{'kept' if kept else '**not kept**'}.\n"
 
 
 def _share(run: dict[str, Any]) -> str:
     if "attention_ms" not in run:
         return ""
     return f"{100 * run['attention_ms'] / run['kernels_ms']:.0f} %"
+
+
+def ring(results: dict[str, Any]) -> str:
+    """Milliseconds, and how many times as fast as one device."""
+    times: dict[tuple[Any, ...], dict[str, float]] = {}
+    for row in results["rows"]:
+        sizes = f"{row['seq']} tokens, {row['heads']}/{row['heads_kv']} heads"
+        call = f"{sizes} of {row['head_dim']}, {'causal' if row['causal'] else 'full'}"
+        way, devices = row["impl"].rsplit(", ", 1)
+        times.setdefault((call, way, devices), {})[row["pass"]] = row["ms"]
+    parts = []
+    for call in dict.fromkeys(key[0] for key in times):
+        one = times[call, "one device", "1"]
+        lines = [
+            [way if devices == "1" else f"{way}, {devices} devices"]
+            + [f"{ms[k]:.1f}, {one[k] / ms[k]:.2f} x" for k in ("fwd", "fwdbwd")]
+            for (of, way, devices), ms in times.items()
+            if of == call
+        ]
+        parts.append(table([call, "forward, ms", "forward + backward, ms"], lines))
+    return about(results) + "\n" + "\n".join(parts)
 
 
 def about(results: dict[str, Any]) -> str:
@@ -177,15 +229,15 @@ def block(name: str) -> str:
     folder, which = name.split("/")
     file = "memory" if which == "memory" else "speed"
     if folder != "cpu":
-        file = "parity" if which == "parity" else "attention"
+        file = which if which in ("parity", "ring") else "attention"
     path = _results.FOLDER / folder / f"{file}.json"
     if not path.exists():
         return "Not measured yet.\n"
     results = _results.read(path)
     if which == "meta":
         return about(results)
-    if which == "parity":
-        return parity(results)
+    if which in ("parity", "ring"):
+        return {"parity": parity, "ring": ring}[which](results)
     if folder == "cpu":
         return {"speed": cpu_speed, "memory": cpu_memory}[which](results)
     return gpu(results, which)
@@ -261,7 +313,7 @@ def plot_parity(folder: Path) -> None:
             above.plot(
                 steps, runs[impl][which], color=f"C{n}", label=label, linewidth=1
             )
-            if impl != "reference" and "reference" in runs:
+            if impl != EXACT and EXACT in runs:
                 below.plot(steps, strays(runs, impl, which), color=f"C{n}")
         for ax in (above, below):
             ax.grid(alpha=0.3)

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jax_flash2 import _checks, _dropout
+from jax_flash2 import _checks, _dropout, _operand_checks
 from jax_flash2._spec import AttentionSpec, Operands
 
 
@@ -70,18 +70,18 @@ def settle(
         _checks.check_key(dropout_key)
 
     def integers(name: str, x: Any, bounds: tuple[int, int] | None = None) -> Any:
-        return _checks.check_integers(name, x, batch, "(batch...)", bounds)
+        return _operand_checks.check_integers(name, x, batch, "(batch...)", bounds)
 
     def floats(name: str, x: Any) -> Any:
         shape, meaning = (*batch, heads), "(batch..., heads)"
-        return _checks.check_floats(name, x, query, shape, meaning)
+        return _operand_checks.check_floats(name, x, query, shape, meaning)
 
     q_tokens, kv_tokens = q_length * devices, kv_length * devices
     scores = (*batch, heads, q_length, kv_tokens)
     meaning = "(batch..., heads, query length, key length)"
     if _checks.is_static_int(query_offset) and query_offset == 0:
         query_offset = None
-    query_ids, key_ids = _checks.check_segments(
+    query_ids, key_ids = _operand_checks.check_segments(
         query_segment_ids, key_value_segment_ids, batch, q_length, kv_length
     )
     operands = Operands(
@@ -89,8 +89,8 @@ def settle(
         key=key,
         value=value,
         scale=None if scale is None else jnp.reshape(scale, (1,) * len(batch)),
-        bias=_checks.check_floats("bias", bias, query, scores, meaning),
-        mask=_checks.check_mask(mask, scores),
+        bias=_operand_checks.check_floats("bias", bias, query, scores, meaning),
+        mask=_operand_checks.check_mask(mask, scores),
         query_seq_lengths=integers(
             "query_seq_lengths", query_seq_lengths, (0, q_tokens)
         ),

@@ -92,7 +92,10 @@ def backward_lack(spec: AttentionSpec, x: Operands, wrt: tuple[str, ...]) -> str
     """What of this call the backward kernels cannot do, as a sentence, or None."""
     for name in wrt:
         if name != "scale":
-            return f"the CUDA kernels have no gradient of {name}"
+            return (
+                f"the CUDA kernels have no gradient of {name}, and jax.lax.stop_gradient "
+                "of it asks for none"
+            )
     return forward_lack(dataclasses.replace(spec, return_max_logit=False), x)
 
 

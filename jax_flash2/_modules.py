@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_flash2 import _checks
+from jax_flash2 import _checks, _operand_checks
 from jax_flash2._attention_fn import attention_fn, boolean_mask, refuse_when_decoding
 from jax_flash2._cache import KeyValueCache
 from jax_flash2._context import ContextParallel
@@ -178,7 +178,7 @@ class AttentionOptions:
         batch, new = query.shape[:-3], query.shape[-3]
         parallel = self.context_parallel
         tokens = new if parallel is None else parallel.tokens(new)
-        query_seq_lengths = _checks.check_integers(
+        query_seq_lengths = _operand_checks.check_integers(
             "query_seq_lengths", query_seq_lengths, batch, "(batch...)", (0, tokens)
         )
         starts = fits = None
@@ -266,7 +266,7 @@ class AttentionOptions:
         the cache's length."""
         shape = x.shape[:-2]
         if positions is not None:
-            positions = _checks.check_integers(
+            positions = _operand_checks.check_integers(
                 name, positions, shape, "(batch..., length)"
             )
             return jnp.broadcast_to(positions, shape)

@@ -11,7 +11,7 @@ import contextlib
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
@@ -269,18 +269,19 @@ def _legal(*options: str) -> bool:
 PAIRS = tuple(p for p in itertools.combinations(OPTIONS, 2) if _legal(*p))
 
 
-def covering(size: int) -> list[tuple[str, ...]]:
-    """Few sets of ``size`` options or less in which every legal pair occurs.
+def covering(size: int, names: Iterable[str] = OPTIONS) -> list[tuple[str, ...]]:
+    """Few sets of ``size`` options or less in which every legal pair of ``names`` occurs.
 
     Greedy: each set starts with a pair that is missing and grows by the option that
     brings the most missing pairs.
     """
-    partners = {name: set() for name in OPTIONS}
-    for a, b in PAIRS:
+    order = {name: n for n, name in enumerate(names)}
+    missing = {pair for pair in PAIRS if order.keys() >= set(pair)}
+    groups = []
+    partners = {name: set() for name in order}
+    for a, b in missing:
         partners[a].add(b)
         partners[b].add(a)
-    missing, groups = set(PAIRS), []
-    order = {name: n for n, name in enumerate(OPTIONS)}
 
     def gain(name: str, group: list[str]) -> int:
         pairs = (tuple(sorted((name, other), key=order.get)) for other in group)
@@ -289,7 +290,7 @@ def covering(size: int) -> list[tuple[str, ...]]:
     while missing:
         group = list(min(missing, key=lambda pair: (order[pair[0]], order[pair[1]])))
         while len(group) < size:
-            legal = [n for n in OPTIONS if all(n in partners[g] for g in group)]
+            legal = [n for n in order if all(n in partners[g] for g in group)]
             best = max(legal, key=lambda n: gain(n, group), default=None)
             if best is None or gain(best, group) == 0:
                 break

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -36,3 +37,22 @@ def test_runs_of_two_calls_start_alike_and_stay_together(tmp_path):
             assert len(run[name]) == 8
             assert math.isclose(run[name][0], exact[0], rel_tol=0.01)
             assert math.isclose(run[name][-1], exact[-1], rel_tol=0.2)
+
+
+def test_the_report_says_whether_the_rule_is_kept(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    report = runpy.run_path(str(ROOT / "benchmarks" / "report.py"))
+
+    def said(*loss):
+        """Ours is off by these; another run by 1, then by less, and 2 in the end."""
+        runs = {"reference": [0, 0, 0, 0], "flash2": loss, "xla": [1, 0.5, 0, 2]}
+        named = {n: {"loss": x, "grad_norm": [0, 1, 1, 1]} for n, x in runs.items()}
+        return report["rule"](named)
+
+    kept = "1.50 (step 3) | 0.00 (step 1) |"
+    assert kept in said(0, -1, 1.5, 0)
+    assert "it is kept." in said(0, -1, 1.5, 0)
+    broken = "1.60 (step 2; above 1.5 at 2 of 4) | 0.00 (step 1) |"
+    assert broken in said(1, 1.6, 0, 0)
+    assert "**not kept**" in said(1, 1.6, 0, 0)
+    assert report["rule"]({"flash2": {}, "xla": {}}) == ""

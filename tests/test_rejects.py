@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from jax import export
 
-from jax_flash2 import _checks, flash_attention
+from jax_flash2 import _checks, _operand_checks, flash_attention
 
 Q, K = (2, 5, 4, 8), (2, 7, 2, 8)
 
@@ -247,10 +247,11 @@ def test_float64_is_refused_but_for_the_implementations_that_take_it(implementat
 
 
 def rules():
-    """Line numbers of every call of ``require`` in the module of rules."""
-    path = pathlib.Path(inspect.getsourcefile(_checks))
+    """Where ``require`` is called in the modules of rules: file and line."""
+    paths = [pathlib.Path(inspect.getsourcefile(m)) for m in (_checks, _operand_checks)]
     return {
-        node.lineno
+        (path.name, node.lineno)
+        for path in paths
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.Call) and getattr(node.func, "id", None) == "require"
     }
@@ -263,7 +264,7 @@ def rule_that_raised(arguments):
         frames = traceback.extract_tb(error.__traceback__)
         calls = [f for f in frames if f.name != "require"]
         assert frames[-1].name == "require", frames
-        return calls[-1].lineno
+        return pathlib.Path(calls[-1].filename).name, calls[-1].lineno
     raise AssertionError("the call was not refused")
 
 

@@ -1,6 +1,6 @@
 """The GPU tests: what they need, and the receipt that a whole run of them leaves.
 
-A run without a selection (no -k, -m, or single test) writes ``receipt.json``, or the path
+A run without a selection (no -k, -m, file or single test) writes ``receipt.json``, or the path
 in JAX_FLASH2_RECEIPT.
 """
 
@@ -84,7 +84,8 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     if exitstatus not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
         return  # cut short: not a whole run
     whole = not (option.keyword or option.markexpr or option.collectonly)
-    whole = whole and not any("::" in a for a in config.args) and session.testscollected
+    whole = whole and all(Path(a).is_dir() for a in config.args)
+    whole = whole and session.testscollected
     reporter = config.pluginmanager.get_plugin("terminalreporter")
     if not whole or reporter is None or hasattr(config, "workerinput"):
         return

@@ -15,6 +15,7 @@ from harness import (
     forward,
     gpu_case,
 )
+from jax import export
 
 from compare import assert_bitwise_equal
 from jax_flash2 import _ffi, flash_attention
@@ -160,6 +161,42 @@ print(total.hexdigest())
 @each_family
 def test_command_buffers_give_the_same_bytes(family):
     check_command_buffers(COMMAND_BUFFERS, family)
+
+
+@each_family
+def test_an_exported_program_serves_any_batch_with_the_same_bytes(family):
+    """The backward's workspace then has a symbolic size, too."""
+    options = ("causal", "offset", "query_lengths", "key_lengths", "deterministic")
+
+    def step(wrt, fixed, dout):
+        def attend(wrt):
+            return flash_attention(
+                **wrt,
+                **fixed,
+                is_causal=True,
+                implementation=family,
+                deterministic_backward=True,
+            )
+
+        out, pullback = jax.vjp(attend, wrt)
+        return out, *pullback(dout)
+
+    def arguments(batch):
+        inputs = gpu_case(*options, batch=(batch,), length=300, head_dim=128).inputs()
+        return inputs.wrt, inputs.fixed, inputs.cotangents[0]
+
+    (batch,) = export.symbolic_shape("batch")
+    types = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct((batch, *x.shape[1:]), x.dtype), arguments(2)
+    )
+    checks = [export.DisabledSafetyCheck.custom_call(name) for name in _ffi.TARGETS]
+    run = jax.jit(step)
+    exported = export.export(run, disabled_checks=checks)(*types)
+    assert all(name in exported.mlir_module() for name in _ffi.TARGETS)
+    program = export.deserialize(exported.serialize())
+    for batch in (1, 3, 17):
+        x = arguments(batch)
+        assert_bitwise_equal(program.call(*x), run(*x), f"batch {batch}")
 
 
 # -------------------------------------------------------------- the handler's own refusals
