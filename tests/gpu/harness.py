@@ -106,7 +106,8 @@ def check_command_buffers(program: str, *arguments: str) -> None:
         environment["PYTHONPATH"] = os.pathsep.join(p for p in paths if p)
         environment["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
         done = subprocess.run(
-            [sys.executable, "-c", program, *arguments],
+            # -P: not the source tree's package, where pytest was started there.
+            [sys.executable, "-P", "-c", program, *arguments],
             env=environment,
             capture_output=True,
             text=True,

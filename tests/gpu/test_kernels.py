@@ -8,6 +8,7 @@ import itertools
 
 import jax
 import jax.numpy as jnp
+import large
 import numpy as np
 import pytest
 from harness import (
@@ -363,75 +364,26 @@ def test_every_output_is_written(family):
 # --------------------------------------------------------------------------------- sizes
 
 
-def attend(q, k, v, dout, family):
-    """Output and gradients."""
-
-    def run(q, k, v, dout):
-        call = lambda *x: flash_attention(*x, implementation=family)  # noqa: E731
-        out, pullback = jax.vjp(call, q, k, v)
-        return out, *pullback(dout)
-
-    return jax.jit(run)(q, k, v, dout)
+# One after the other, in one worker of pytest-xdist.
+serial = pytest.mark.xdist_group("large")
+# 2^31 elements and some more.
+LARGE = (2**18 + 128, 64, 64, 128)  # rows, rows of the other side, heads, head_dim
 
 
-def normal(seed, *shape):
-    return jax.random.normal(jax.random.key(seed), shape, jnp.bfloat16)
-
-
-def equal_on_device(a, b):
-    return bool(jax.jit(lambda a, b: (a == b).all())(a, b))
-
-
-# One after the other, in one process of pytest-xdist: each wants up to 26 GB.
-large = pytest.mark.xdist_group("large")
-
-
-def near(a, b):
-    """The order of a sum over key tiles may differ, hence its last bits."""
-    a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
-    np.testing.assert_allclose(a, b, rtol=2.0**-6, atol=2.0**-7 * np.abs(b).max())
-
-
-@large
+@serial
 @each_family
 def test_more_than_2_31_elements_of_query(family):
-    rows, heads, head_dim = 2**18 + 128, 64, 128
-    q, dout = normal(0, 1, rows, heads, head_dim), normal(3, 1, rows, heads, head_dim)
-    assert q.size > 2**31
-    k, v = normal(1, 1, 64, 64, head_dim), normal(2, 1, 64, 64, head_dim)
-    out, dq, dk, dv = attend(q, k, v, dout, family)
-    for start in (0, 2**17, rows - 256):
-        part = slice(start, start + 256)
-        some, some_dq, _, _ = attend(q[:, part], k, v, dout[:, part], family)
-        assert equal_on_device(out[:, part], some)
-        near(dq[:, part], some_dq)
-    one = slice(heads - 1, heads)
-    some = attend(*(x[:, :, one] for x in (q, k, v, dout)), family)
-    assert_bitwise_equal([dk[:, :, one], dv[:, :, one]], list(some[2:]))
+    large.alone(large.many_queries, family, *LARGE)
 
 
-@large
+@serial
 @each_family
 def test_more_than_2_31_elements_of_key_and_value(family):
-    rows, heads, head_dim = 2**18 + 128, 64, 128
-    k, v = normal(1, 1, rows, heads, head_dim), normal(2, 1, rows, heads, head_dim)
-    q, dout = normal(0, 1, 64, heads, head_dim), normal(3, 1, 64, heads, head_dim)
-    out, dq, dk, dv = attend(q, k, v, dout, family)
-    for head in (0, heads - 1):
-        one = slice(head, head + 1)
-        some = attend(*(x[:, :, one] for x in (q, k, v, dout)), family)
-        assert equal_on_device(out[:, :, one], some[0])
-        near(dq[:, :, one], some[1])
-        assert_bitwise_equal([dk[:, :, one], dv[:, :, one]], list(some[2:]))
+    large.alone(large.many_keys, family, *LARGE)
 
 
-@large
+@serial
 @pytest.mark.parametrize(("batch", "heads"), [(71280, 1), (1, 71280), (8300, 16)])
 @each_family
 def test_more_heads_than_a_grid_axis_holds(batch, heads, family):
-    q, dout = normal(0, batch, 3, heads, 64), normal(3, batch, 3, heads, 64)
-    k, v = normal(1, batch, 5, heads, 64), normal(2, batch, 5, heads, 64)
-    found = attend(q, k, v, dout, family)
-    b, h = slice(batch - 1, batch), slice(heads - 1, heads)
-    some = attend(*(x[b, :, h] for x in (q, k, v, dout)), family)
-    assert_bitwise_equal([x[b, :, h] for x in found], list(some))
+    large.alone(large.many_heads, family, batch, heads)
