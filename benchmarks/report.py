@@ -18,6 +18,7 @@ import sys
 from collections.abc import Iterable
 from math import inf
 from pathlib import Path
+from statistics import geometric_mean
 from typing import Any
 
 import _results
@@ -36,7 +37,14 @@ TITLES = {
     "flash2_sm80": "**jax_flash2, sm80 kernels**",
     "flash2_sm90": "**jax_flash2, sm90 kernels**",
 }
+CELL = ("head_dim", "causal", "seq", "dtype")
 PASSES = {"fwd": "forward", "bwd": "backward"}
+# Whom our kernels are meant to be compared with: the same algorithm on any GPU, and on Hopper
+# whatever else there is.
+RIVALS = {
+    "flash2_sm80": ("torch_flash",),
+    "flash2_sm90": tuple(impl for impl in TITLES if not impl.startswith("flash2")),
+}
 # How many times as far as another bfloat16 run ours may have strayed from the float32 one.
 STRAYS_AT_MOST = 1.5
 # Of parity.json; the last is the one that the others are compared with.
@@ -73,8 +81,38 @@ def speeds(rows: list[dict[str, Any]], which: str) -> dict[Any, dict[str, Any]]:
     return dict(sorted(found.items()))
 
 
+def beside(rows: list[dict[str, Any]], which: str) -> str:
+    """Our kernels over the fastest of their rivals that were timed with the same commit."""
+    of_pass = [r for r in rows if r["pass"] == which and setting(r)]
+    lines = []
+    for ours, rivals in RIVALS.items():
+        ratios, seen = [], set()
+        for row in of_pass:
+            others = [
+                r
+                for r in of_pass
+                if r["impl"] in rivals
+                and all(r[k] == row[k] for k in (*CELL, "commit"))
+            ]
+            if row["impl"] == ours and others:
+                ratios.append(row["tflops"] / max(r["tflops"] for r in others))
+                seen |= {r["impl"] for r in others}
+        if ratios:
+            lines.append(
+                [
+                    TITLES[ours],
+                    ", ".join(TITLES[impl] for impl in rivals if impl in seen),
+                    f"{geometric_mean(ratios):.2f}",
+                    f"{min(ratios):.2f} to {max(ratios):.2f}",
+                    f"{sum(r > 1 for r in ratios)} of {len(ratios)}",
+                ]
+            )
+    head = [f"{PASSES[which]}, all cells below", "over the fastest of"]
+    return table([*head, "geometric mean", "least and most", "ahead in"], lines)
+
+
 def gpu(results: dict[str, Any], which: str) -> str:
-    parts = []
+    parts = [beside(results["rows"], which)]
     for (head_dim, causal), impls in speeds(results["rows"], which).items():
         seqs = sorted({seq for by_seq in impls.values() for seq in by_seq})
         best = {s: max(by_seq.get(s, 0) for by_seq in impls.values()) for s in seqs}
