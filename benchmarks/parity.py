@@ -152,6 +152,9 @@ def main() -> None:
     p.add_argument(
         "--untimed", action="store_true", help="other work shares the device"
     )
+    p.add_argument(
+        "--replace", action="store_true", help="drop the earlier runs of --impls"
+    )
     p.add_argument("--out", type=Path, help="default: results/<gpu>/parity.json")
     p.add_argument("--commit", default=None, help="where the tree is no git checkout")
     a = p.parse_args()
@@ -177,28 +180,44 @@ def main() -> None:
         began = time.perf_counter()
         run, record = train(config(a, corpus, name), corpus, params, not a.untimed)
         run |= {"date": _results.today(), "commit": commit}
-        merge(out, meta, settings, {name: run})
+        earlier = [] if a.replace else known(out, meta, settings).get(name, [])
+        merge(out, meta, settings, {name: [*earlier, run]})
         if "step_ms" in run and "gpu" in machine:
             run |= record()
-            merge(out, meta, settings, {name: run})
+            merge(out, meta, settings, {name: [*earlier, run]})
         times = [f"{run[k]:.1f} {what}" for k, what in TIMES.items() if k in run]
         loss = f"loss {run['loss'][0]:.4f} -> {run['loss'][-1]:.4f}"
         whole = f"{time.perf_counter() - began:.0f} s in all"
         print(f"{name:10} {', '.join([loss, *times, whole])}", flush=True)
 
 
-def merge(
-    path: Path, meta: dict[str, Any], settings: dict[str, Any], runs: dict[str, Any]
-) -> None:
-    """Adds ``runs`` to the file, or begins it anew if its own are of another setting."""
+def known(
+    path: Path, meta: dict[str, Any], settings: dict[str, Any]
+) -> dict[str, list[Any]]:
+    """The file's runs of each attention, if they are of this setting."""
     old = _results.read(path)
-    if (old.get("meta"), old.get("config")) == (meta, settings):
-        runs = old["runs"] | runs
-    lines = ",\n".join(f" {json.dumps(n)}: {json.dumps(r)}" for n, r in runs.items())
+    return (
+        old["runs"] if (old.get("meta"), old.get("config")) == (meta, settings) else {}
+    )
+
+
+def merge(
+    path: Path,
+    meta: dict[str, Any],
+    settings: dict[str, Any],
+    runs: dict[str, list[Any]],
+) -> None:
+    """Puts ``runs`` into the file, or begins it anew if its own are of another setting."""
+    runs = known(path, meta, settings) | runs
+    lines = []
+    for name, several in runs.items():
+        each = ",\n  ".join(map(json.dumps, several))
+        lines.append(f" {json.dumps(name)}: [\n  {each}\n ]")
+    whole = ",\n".join(lines)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(
         f'{{"meta": {json.dumps(meta)},\n"config": {json.dumps(settings)},\n'
-        f'"runs": {{\n{lines}\n}}}}\n'
+        f'"runs": {{\n{whole}\n}}}}\n'
     )
 
 

@@ -16,9 +16,10 @@ import argparse
 import re
 import sys
 from collections.abc import Iterable
+from itertools import accumulate, permutations, product
 from math import inf
 from pathlib import Path
-from statistics import geometric_mean
+from statistics import fmean, geometric_mean, median
 from typing import Any
 
 import _results
@@ -164,13 +165,16 @@ def cpu_memory(results: dict[str, Any]) -> str:
     return table(["peak of forward + backward, MiB", *map(str, seqs)], lines)
 
 
-def strays(runs: dict[str, Any], impl: str, which: str) -> list[float]:
+def strays(run: dict[str, Any], exact: dict[str, Any], which: str) -> list[float]:
     """How far a run is from the float32 one: the largest deviation up to each step."""
-    largest, found = 0.0, []
-    for x, exact in zip(runs[impl][which], runs[EXACT][which], strict=True):
-        largest = max(largest, abs(x - exact))
-        found.append(largest)
-    return found
+    pairs = zip(run[which], exact[which], strict=True)
+    return list(accumulate((abs(x - y) for x, y in pairs), max))
+
+
+def strays_on_average(runs: dict[str, Any], impl: str, which: str) -> list[float]:
+    """The same, of all runs of an implementation."""
+    each = [strays(run, runs[EXACT][-1], which) for run in runs[impl]]
+    return [fmean(step) for step in zip(*each, strict=True)]
 
 
 def parity(results: dict[str, Any]) -> str:
@@ -178,19 +182,30 @@ def parity(results: dict[str, Any]) -> str:
     for impl, title in TRAINED.items():
         if impl not in runs:
             continue
-        run, far = runs[impl], impl != EXACT and EXACT in runs
+        far = impl != EXACT and EXACT in runs
+        last = [fmean(run["loss"][-20:]) for run in runs[impl]]
+        steps = [run["step_ms"] for run in runs[impl] if "step_ms" in run]
+        shares = [
+            run["attention_ms"] / run["kernels_ms"]
+            for run in runs[impl]
+            if "attention_ms" in run
+        ]
         lines.append(
             [
                 title,
-                f"{sum(run['loss'][-20:]) / len(run['loss'][-20:]):.4f}",
-                f"{strays(runs, impl, 'loss')[-1]:.4f}" if far else "",
-                f"{strays(runs, impl, 'grad_norm')[-1]:.4f}" if far else "",
-                f"{run['step_ms']:.1f}" if "step_ms" in run else "",
-                _share(run),
+                str(len(runs[impl])),
+                f"{fmean(last):.4f}",
+                *(
+                    f"{strays_on_average(runs, impl, which)[-1]:.4f}" if far else ""
+                    for which in ("loss", "grad_norm")
+                ),
+                f"{median(steps):.1f}" if steps else "",
+                f"{100 * median(shares):.0f} %" if shares else "",
             ]
         )
     head = [
         "",
+        "runs",
         "loss, last 20 steps",
         "loss strays by",
         "gradient norm by",
@@ -204,16 +219,16 @@ def rule(runs: dict[str, Any]) -> str:
     """How far ours strays beside each other bfloat16 run, at the step where it is most."""
     if not {"flash2", EXACT} <= runs.keys():
         return ""
-    lines, kept = [], True
-    for impl, title in TRAINED.items():
-        if impl in ("flash2", EXACT) or impl not in runs:
+    named = {i: t for i, t in TRAINED.items() if i in runs and i != EXACT}
+    both = ("loss", "grad_norm")
+    lines, singles, kept = [], [], True
+    for impl, title in named.items():
+        if impl == "flash2":
             continue
         line = [title]
-        for which in ("loss", "grad_norm"):
-            both = (strays(runs, one, which) for one in ("flash2", impl))
-            ratios = [
-                a / b if b else inf if a else 0.0 for a, b in zip(*both, strict=True)
-            ]
+        for which in both:
+            ours, theirs = (strays_on_average(runs, i, which) for i in ("flash2", impl))
+            ratios = _ratios(ours, theirs)
             most, above = max(ratios), sum(r > STRAYS_AT_MOST for r in ratios)
             kept = kept and not above
             where = f"step {ratios.index(most) + 1}"
@@ -221,15 +236,37 @@ def rule(runs: dict[str, Any]) -> str:
                 where += f"; above {STRAYS_AT_MOST} at {above} of {len(ratios)}"
             line.append(f"{most:.2f} ({where})")
         lines.append(line)
+        pairs = list(product(runs["flash2"], runs[impl]))
+        ours = f"one of jax_flash2's beyond one of {title.split(',')[0]}'s"
+        singles.append([ours, *(f"{_most(runs, pairs, which):.2f}" for which in both)])
+    for impl, title in named.items():
+        pairs = list(permutations(runs[impl], 2))
+        if pairs:
+            own = f"one of {title.split(',')[0].strip('*')}'s beyond another of its own"
+            singles.append(
+                [own, *(f"{_most(runs, pairs, which):.2f}" for which in both)]
+            )
     head = ["jax_flash2 strays, at most, times as far as", "loss", "gradient norm"]
-    said = f"At most {STRAYS_AT_MOST} at every step is the rule: it is "
-    return f"\n{table(head, lines)}\n{said}{'kept' if kept else '**not kept**'}.\n"
+    single = ["single runs, at most", "loss", "gradient norm"]
+    return (
+        f"\nOn average over the runs:\n\n{table(head, lines)}\n"
+        f"At most {STRAYS_AT_MOST} at every step is the rule: it is "
+        f"{'kept' if kept else '**not kept**'}. Single runs, and how far an "
+        f"implementation's own ones are from each other:\n\n{table(single, singles)}"
+    )
 
 
-def _share(run: dict[str, Any]) -> str:
-    if "attention_ms" not in run:
-        return ""
-    return f"{100 * run['attention_ms'] / run['kernels_ms']:.0f} %"
+def _most(runs: dict[str, Any], pairs: list[tuple[Any, Any]], which: str) -> float:
+    """How many times as far as the second of a pair the first strays, at most."""
+    exact = runs[EXACT][-1]
+    each = (_ratios(*(strays(run, exact, which) for run in pair)) for pair in pairs)
+    return max(map(max, each))
+
+
+def _ratios(ours: list[float], theirs: list[float]) -> list[float]:
+    return [
+        a / b if b else inf if a else 0.0 for a, b in zip(ours, theirs, strict=True)
+    ]
 
 
 def ring(results: dict[str, Any]) -> str:
@@ -346,13 +383,13 @@ def plot_parity(folder: Path) -> None:
         for n, (impl, title) in enumerate(TRAINED.items()):
             if impl not in runs:
                 continue
-            steps = range(1, len(runs[impl][which]) + 1)
-            label = title.replace("*", "")
-            above.plot(
-                steps, runs[impl][which], color=f"C{n}", label=label, linewidth=1
-            )
-            if impl != EXACT and EXACT in runs:
-                below.plot(steps, strays(runs, impl, which), color=f"C{n}")
+            style = {"color": f"C{n}", "linewidth": 1}
+            for k, run in enumerate(runs[impl]):
+                steps = range(1, len(run[which]) + 1)
+                label = None if k else title.replace("*", "")
+                above.plot(steps, run[which], label=label, **style)
+                if impl != EXACT and EXACT in runs:
+                    below.plot(steps, strays(run, runs[EXACT][-1], which), **style)
         for ax in (above, below):
             ax.grid(alpha=0.3)
             ax.set_yscale("log")
