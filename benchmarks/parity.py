@@ -4,15 +4,19 @@ A GPT of about 125M parameters (examples/gpt) learns bytes for some hundred step
 time from the same parameters and on the same batches: in bfloat16 with jax_flash2's
 kernels, with cuDNN and with XLA through jax.nn, and in float32 with jax_flash2's dense
 reference. How far a run strays from the float32 one is what its precision costs: ours
-may at no step have strayed more than 1.5 times as far as another bfloat16 run.
+may at no step have strayed more than 1.5 times as far as another bfloat16 attention's.
+No two runs are alike (products are chosen by timing, gradients summed by atomics), so
+that this wants several of each.
 
   python benchmarks/parity.py                            minutes on an H100
+  python benchmarks/parity.py --impls flash2 cudnn       one more run of these two
   python benchmarks/parity.py --preset smoke --steps 20  the model to try it with on a CPU
 
 Loss and gradient norm of every step, milliseconds a step, and how many of them the
 kernels of attention took, go to benchmarks/results/<gpu>/parity.json after each run;
-benchmarks/report.py plots them. Runs that the file holds of the same configuration stay,
-so that each may have a process of its own. The float32 run is not timed, so
+benchmarks/report.py plots them. Runs that the file holds stay, each with its own versions
+(--replace drops those of the same attention); runs of another configuration or machine
+want a file of their own. The float32 run is not timed, so
 XLA_FLAGS=--xla_gpu_autotune_level=0 spares it the search for fast products.
 """
 
@@ -161,26 +165,30 @@ def main() -> None:
 
     if jax.default_backend() == "gpu":
         gpu, driver = _device.query("name,driver_version")
-        machine, folder = {"gpu": gpu, "driver": driver}, gpu_folder(gpu)
+        machine, folder = {"gpu": gpu}, gpu_folder(gpu)
+        versions = {"driver": driver, **_results.versions()}
     else:
         machine, folder = {"cpu": jax.devices()[0].device_kind}, "cpu"
+        versions = _results.versions()
     corpus = load(STANDARD_LIBRARY, a.length or PRESETS[a.preset].length)
     first = Trainer(config(a, corpus, EXACT), scan=True)
     params = first.init(jax.random.key(a.seed)).params
     settings = dataclasses.asdict(config(a, corpus, EXACT))
     for name in ("dtype", "attention"):
         del settings[name]
-    meta = machine | {
-        "versions": _results.versions(),
-        "parameters": first.num_params,
-    }
+    meta = machine | {"parameters": first.num_params}
     out = a.out or _results.FOLDER / folder / "parity.json"
+    if other := differences(_results.read(out), meta | settings):
+        p.error(
+            f"{out} holds runs of another setting ({other}); --out names another file"
+        )
     commit = a.commit or _results.commit()
     for name in a.impls:
         began = time.perf_counter()
         run, record = train(config(a, corpus, name), corpus, params, not a.untimed)
-        run |= {"date": _results.today(), "commit": commit}
-        earlier = [] if a.replace else known(out, meta, settings).get(name, [])
+        run |= {"date": _results.today(), "commit": commit, "versions": versions}
+        runs = _results.read(out).get("runs", {})
+        earlier = [] if a.replace else runs.get(name, [])
         merge(out, meta, settings, {name: [*earlier, run]})
         if "step_ms" in run and "gpu" in machine:
             run |= record()
@@ -191,13 +199,13 @@ def main() -> None:
         print(f"{name:10} {', '.join([loss, *times, whole])}", flush=True)
 
 
-def known(
-    path: Path, meta: dict[str, Any], settings: dict[str, Any]
-) -> dict[str, list[Any]]:
-    """The file's runs of each attention, if they are of this setting."""
-    old = _results.read(path)
-    return (
-        old["runs"] if (old.get("meta"), old.get("config")) == (meta, settings) else {}
+def differences(old: dict[str, Any], wanted: dict[str, Any]) -> str:
+    """What a file's runs were made with that is not wanted; empty for no file."""
+    there = old.get("meta", {}) | old.get("config", {})
+    return ", ".join(
+        f"{k}: {there[k]}, not {wanted.get(k)}"
+        for k in there
+        if there[k] != wanted.get(k)
     )
 
 
@@ -207,8 +215,8 @@ def merge(
     settings: dict[str, Any],
     runs: dict[str, list[Any]],
 ) -> None:
-    """Puts ``runs`` into the file, or begins it anew if its own are of another setting."""
-    runs = known(path, meta, settings) | runs
+    """Puts ``runs`` into the file, in place of those of the same attention."""
+    runs = _results.read(path).get("runs", {}) | runs
     lines = []
     for name, several in runs.items():
         each = ",\n  ".join(map(json.dumps, several))

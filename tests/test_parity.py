@@ -28,12 +28,16 @@ def test_runs_of_two_calls_start_alike_and_stay_together(tmp_path):
     paths = os.pathsep.join(p for p in sys.path if p)
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": paths}
     first, second = ["flash2", "xla"], ["reference", "xla", "--untimed"]
-    for more in (first, second):
+    third = ["flash2", "--replace", "--untimed"]
+    for more in (first, second, third):
         more = ["--impls", *more]
         subprocess.run([*command, *more], check=True, env=environment, timeout=300)
+    other = [*command, "--impls", "xla", "--seed", "1"]
+    refused = subprocess.run(other, env=environment, capture_output=True, text=True)
+    assert "another setting (seed: 0, not 1)" in refused.stderr
     runs = json.loads(out.read_text())["runs"]
     timed = {name: ["step_ms" in run for run in of] for name, of in runs.items()}
-    assert timed == {"flash2": [True], "xla": [True, False], "reference": [False]}
+    assert timed == {"flash2": [False], "xla": [True, False], "reference": [False]}
     for name in ("loss", "grad_norm"):
         exact = runs["reference"][0][name]
         for run in itertools.chain(*runs.values()):
@@ -57,7 +61,7 @@ def test_the_report_says_whether_the_rule_is_kept(monkeypatch):
 
     kept = "1.50 (step 3) | 0.00 (step 1) |"
     assert kept in said([0, -1, 1.5, 0])
-    assert "it is kept." in said([0, -1, 1.5, 0])
+    assert "it is kept; of 1 pairs of single runs 0 break it" in said([0, -1, 1.5, 0])
     assert "of its own" not in said([0, -1, 1.5, 0])
     broken = "1.60 (step 2; above 1.5 at 2 of 4) | 0.00 (step 1) |"
     assert broken in said([1, 1.6, 0, 0])
@@ -65,7 +69,7 @@ def test_the_report_says_whether_the_rule_is_kept(monkeypatch):
     # On average ours is off by 1, 1.3, 1.3, 1.3; single runs are not averaged.
     two = said([1, 1.6, 0, 0], [1, -1, 0, 0])
     assert "1.30 (step 2) |" in two
-    assert "it is kept." in two
+    assert "it is kept; of 2 pairs of single runs 1 break it" in two
     assert "one of jax_flash2's beyond one of XLA's | 1.60 | 0.00 |" in two
     assert "one of jax_flash2's beyond another of its own | 1.60 | 0.00 |" in two
     assert report["rule"]({"flash2": [{}], "xla": [{}]}) == ""
