@@ -89,3 +89,19 @@ class Clock:
 
     def stop(self) -> None:
         self._process.terminate()
+
+
+def folder(name: str) -> str:
+    """``h100`` for "NVIDIA H100 80GB HBM3"."""
+    words = [w for w in name.lower().split() if w not in ("nvidia", "geforce", "rtx")]
+    return words[0] if words else "gpu"
+
+
+def machine() -> tuple[dict[str, str], str]:
+    """What JAX runs on, and the folder of its results."""
+    import jax
+
+    if jax.default_backend() != "gpu":
+        return {"cpu": jax.devices()[0].device_kind}, "cpu"
+    gpu, driver = query("name,driver_version")
+    return {"gpu": gpu, "driver": driver}, folder(gpu)

@@ -250,7 +250,7 @@ def main() -> None:
 
     if a.merge:
         new = _results.read(a.merge)
-        folder = _results.FOLDER / gpu_folder(new["meta"]["gpu"])
+        folder = _results.FOLDER / _device.folder(new["meta"]["gpu"])
         _results.merge(a.out or folder / "attention.json", new["meta"], new["rows"])
         return
 
@@ -261,7 +261,7 @@ def main() -> None:
         "versions": _results.versions(),
         "date": _results.today(),
     }
-    out = a.out or _results.FOLDER / gpu_folder(gpu) / "attention.json"
+    out = a.out or _results.FOLDER / _device.folder(gpu) / "attention.json"
     commit, clock = a.commit or _results.commit(), _device.Clock()
     todo = cells(a)
     try:
@@ -298,12 +298,6 @@ def run_cell(
                 flush=True,
             )
         _results.merge(out, meta, rows)
-
-
-def gpu_folder(name: str) -> str:
-    """``h100`` for "NVIDIA H100 80GB HBM3"."""
-    words = [w for w in name.lower().split() if w not in ("nvidia", "geforce", "rtx")]
-    return words[0] if words else "gpu"
 
 
 if __name__ == "__main__":

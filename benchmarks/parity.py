@@ -38,7 +38,6 @@ import _device
 import _results
 import jax
 import numpy as np
-from attention import gpu_folder
 from gpt.config import PRESETS, Config
 from gpt.data import STANDARD_LIBRARY, Corpus, load
 from gpt.training import State, Trainer
@@ -163,13 +162,9 @@ def main() -> None:
     p.add_argument("--commit", default=None, help="where the tree is no git checkout")
     a = p.parse_args()
 
-    if jax.default_backend() == "gpu":
-        gpu, driver = _device.query("name,driver_version")
-        machine, folder = {"gpu": gpu}, gpu_folder(gpu)
-        versions = {"driver": driver, **_results.versions()}
-    else:
-        machine, folder = {"cpu": jax.devices()[0].device_kind}, "cpu"
-        versions = _results.versions()
+    machine, folder = _device.machine()
+    driver = {k: machine.pop(k) for k in ("driver",) if k in machine}
+    versions = driver | _results.versions()
     corpus = load(STANDARD_LIBRARY, a.length or PRESETS[a.preset].length)
     first = Trainer(config(a, corpus, EXACT), scan=True)
     params = first.init(jax.random.key(a.seed)).params

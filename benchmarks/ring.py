@@ -26,7 +26,6 @@ import _results
 import jax
 import jax.numpy as jnp
 import numpy as np
-from attention import gpu_folder
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jax_flash2 import flash_attention, ring_attention, zigzag
@@ -74,7 +73,9 @@ def main() -> None:
     p.add_argument("--causal", nargs="+", type=int, default=[1, 0], choices=[0, 1])
     p.add_argument("--ways", nargs="+", default=list(WAYS), choices=WAYS)
     p.add_argument("--out", type=Path, help="default: results/<gpu>/ring.json")
+    p.add_argument("--commit", default=None, help="where the tree is no git checkout")
     a = p.parse_args()
+    commit = a.commit or _results.commit()
 
     devices = np.array(jax.devices())
     n = len(devices)
@@ -115,20 +116,15 @@ def main() -> None:
                 rows.append(
                     cell
                     | {"impl": f"{way}, {count}", "pass": which, "causal": causal}
-                    | {"devices": count, "ms": round(ms, 3)}
+                    | {"devices": count, "ms": round(ms, 3), "commit": commit}
                 )
                 print(
                     f"{way:10} {count} {'causal' if causal else 'full':6} {which:6} "
                     f"{ms:8.2f} ms, {one[which] / ms:.2f} times as fast as one device",
                     flush=True,
                 )
-    if jax.default_backend() == "gpu":
-        gpu, driver = _device.query("name,driver_version")
-        machine, folder = {"gpu": gpu, "driver": driver}, gpu_folder(gpu)
-    else:
-        machine, folder = {"cpu": jax.devices()[0].device_kind}, "cpu"
+    machine, folder = _device.machine()
     meta = machine | {"versions": _results.versions(), "date": _results.today()}
-    meta |= {"commit": _results.commit()}
     _results.merge(a.out or _results.FOLDER / folder / "ring.json", meta, rows)
 
 

@@ -38,7 +38,10 @@ def assert_follow_the_rule(
     ``others`` are more draws of the call. The baseline's error of a single sum is a single
     draw, which may be near nothing: then its largest in all of them counts.
     """
-    draws = [(wide_results(x), results(x, function=dense)) for x in (inputs, *others)]
+    draws = [
+        (results(x.astype(jnp.float32), "reference"), results(x, function=dense))
+        for x in (inputs, *others)
+    ]
     wide, baseline = draws[0]
     dtype = inputs.wrt["query"].dtype
     for note, ours in several.items():
@@ -51,10 +54,6 @@ def assert_follow_the_rule(
                     np.abs(_wide(b[name]) - _wide(w[name])).max() for w, b in draws
                 )
             assert_accurate(x, wide[name], baseline[name], what, of_sum, least)
-
-
-def wide_results(inputs: Inputs) -> dict[str, jax.Array]:
-    return results(inputs.astype(jnp.float32), "reference")
 
 
 def assert_accurate(

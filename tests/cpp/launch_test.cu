@@ -274,7 +274,7 @@ int main(int argc, char** argv) {
     require(argc == 1,
             "usage: launch_test [--part I N [T] | --plant memcheck|racecheck|synccheck]");
   }
-  require(0 <= part && part < parts, "--part I N must have 0 <= I < N");
+  require(0 <= part && part < parts && times > 0, "--part I N T must have 0 <= I < N and T > 0");
   Device device;
   cuda(query_device(0, &device), "query_device");
   constexpr Shape kShapes[] = {{130, 200, 2}, {3, 65, 4}, {257, 70, 1}};
