@@ -33,9 +33,7 @@ _PREFIX = "receipt"
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[_FACTS] = {}
-    config.addinivalue_line("markers", "xdist_group: of pytest-xdist")  # if it is off
-    if getattr(config.option, "dist", "no") == "load":  # pytest-xdist's -n
-        config.option.dist = "loadgroup"  # keeps tests apart that want much memory
+    config.addinivalue_line("markers", "first: begins before the others")
     if jax.default_backend() != "gpu":
         raise pytest.UsageError("tests/gpu needs an NVIDIA GPU and jax for CUDA")
     if reason := _ffi.unavailable():
@@ -49,6 +47,8 @@ def facts(record_property: Callable[[str, object], None]) -> Callable[..., None]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # What is long, or wants much memory: the processes of the others keep what they have taken.
+    items.sort(key=lambda item: item.get_closest_marker("first") is None)
     for item in items:
         if item.get_closest_marker("timeout") is None:
             item.add_marker(pytest.mark.timeout(_HANGS_AFTER_S, method="thread"))

@@ -4,11 +4,15 @@ XLA's allocator keeps what it has once taken, so that in a process of pytest suc
 starve all that runs beside it and after it.
 """
 
+import fcntl
 import multiprocessing
 import os
+import tempfile
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -17,16 +21,21 @@ import numpy as np
 from compare import assert_bitwise_equal
 from jax_flash2 import flash_attention
 
+_LOCK = Path(tempfile.gettempdir()) / "jax_flash2_large_tests"
+
 
 def alone(check: Callable[..., None], *arguments: Any) -> None:
-    """``check(*arguments)``, a function of a module, in a new process."""
+    """``check(*arguments)``, a function of a module, in a new process, one at a time.
+
+    One of all processes of pytest-xdist: two large calls side by side are too large. Its
+    environment is the caller's, since importing this module already starts XLA.
+    """
     spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, spawn, _take_what_is_needed) as pool:
-        pool.submit(check, *arguments).result()
-
-
-def _take_what_is_needed() -> None:
-    os.environ["XLA_PYTHON_CLIENT_ALLOCATOR"] = "platform"
+    takes_what_is_needed = {"XLA_PYTHON_CLIENT_ALLOCATOR": "platform"}
+    with _LOCK.open("w") as lock, mock.patch.dict(os.environ, takes_what_is_needed):
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with ProcessPoolExecutor(1, spawn) as pool:
+            pool.submit(check, *arguments).result()
 
 
 def attend(q: Any, k: Any, v: Any, dout: Any, family: str) -> Any:

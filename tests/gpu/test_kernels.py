@@ -364,25 +364,23 @@ def test_every_output_is_written(family):
 # --------------------------------------------------------------------------------- sizes
 
 
-# One after the other, in one worker of pytest-xdist.
-serial = pytest.mark.xdist_group("large")
 # 2^31 elements and some more.
 LARGE = (2**18 + 128, 64, 64, 128)  # rows, rows of the other side, heads, head_dim
 
 
-@serial
+@pytest.mark.first
 @each_family
 def test_more_than_2_31_elements_of_query(family):
     large.alone(large.many_queries, family, *LARGE)
 
 
-@serial
+@pytest.mark.first
 @each_family
 def test_more_than_2_31_elements_of_key_and_value(family):
     large.alone(large.many_keys, family, *LARGE)
 
 
-@serial
+@pytest.mark.first
 @pytest.mark.parametrize(("batch", "heads"), [(71280, 1), (1, 71280), (8300, 16)])
 @each_family
 def test_more_heads_than_a_grid_axis_holds(batch, heads, family):

@@ -22,7 +22,7 @@ PARTS = 10
 
 # Of one process under a tool, or of one run without: whatever takes longer hangs.
 SANITIZER_S, ALONE_S = 600, 240
-pytestmark = pytest.mark.timeout(SANITIZER_S + 60, method="thread")
+pytestmark = [pytest.mark.first, pytest.mark.timeout(SANITIZER_S + 60, method="thread")]
 
 
 def build_program(build: Path, *options: str) -> str:
