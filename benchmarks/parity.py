@@ -38,12 +38,12 @@ import _device
 import _results
 import jax
 import numpy as np
+from _parity_report import EXACT, TRAINED
 from gpt.config import PRESETS, Config
 from gpt.data import STANDARD_LIBRARY, Corpus, load
 from gpt.training import State, Trainer
 from tqdm import tqdm
 
-EXACT = "reference"
 # Steps that are timed together: enough to hide the host, few enough for a median.
 TIMED = 20
 # Steps whose kernels are recorded, after the others; and names of attention's kernels, ours
@@ -145,7 +145,7 @@ def main() -> None:
     p = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    impls = ["flash2", "cudnn", "xla", EXACT]
+    impls = list(TRAINED)
     p.add_argument("--impls", nargs="+", default=impls, choices=impls)
     p.add_argument("--preset", default="gpt3-125m", choices=PRESETS)
     p.add_argument("--steps", type=int, default=300)

@@ -14,22 +14,6 @@
 #include "sm80/tiles.h"
 
 namespace flash2 {
-namespace {
-
-template <DataType kType>
-const void* find_kernel(const ForwardPlan& plan) {
-  switch (plan.head_dim) {
-    case 64:
-      return sm80::forward_kernel<64, kType>(plan.variant, plan.general);
-    case 128:
-      return sm80::forward_kernel<128, kType>(plan.variant, plan.general);
-    case 256:
-      return sm80::forward_kernel<256, kType>(plan.variant, plan.general);
-  }
-  return nullptr;
-}
-
-}  // namespace
 
 int query_device(int ordinal, Device* device) {
   // A device's facts do not change; each word of the cache is written with the same value by all.
@@ -69,7 +53,9 @@ int launch_forward(const ForwardProblem& problem, const ForwardPlan& plan, void*
   if (plan.family == 90) return sm90::launch_forward(problem, plan, workspace, stream);
   const bool bfloat16 = problem.data_type == DataType::kBFloat16;
   const void* kernel =
-      bfloat16 ? find_kernel<DataType::kBFloat16>(plan) : find_kernel<DataType::kFloat16>(plan);
+      find_kernel(problem.data_type, plan.head_dim, [&](auto head_dim, auto type) {
+        return sm80::forward_kernel<head_dim(), type()>(plan.variant, plan.general);
+      });
   if (kernel == nullptr) return cudaErrorInvalidDeviceFunction;
   static_assert(4 * sm80::kForwardTileCount <= 64);
   const int bit = 4 * plan.variant + 2 * bfloat16 + plan.general;

@@ -5,6 +5,7 @@
 
 #include <atomic>
 #include <cstdint>
+#include <type_traits>
 
 #include "plan.h"
 #include "problem.h"
@@ -12,6 +13,27 @@
 namespace flash2 {
 
 inline constexpr int kMaxDevices = 64;
+
+// The kernel for a dtype and a bucket of head_dim: what find(head_dim, type) names, both constants
+// of the compiler; or null.
+template <class Find>
+const void* find_kernel(DataType type, int32_t head_dim, const Find& find) {
+  const auto of_type = [&](auto constant) -> const void* {
+    switch (head_dim) {
+      case 64:
+        return find(std::integral_constant<int, 64>(), constant);
+      case 128:
+        return find(std::integral_constant<int, 128>(), constant);
+      case 256:
+        return find(std::integral_constant<int, 256>(), constant);
+    }
+    return nullptr;
+  };
+  if (type == DataType::kFloat16) {
+    return of_type(std::integral_constant<DataType, DataType::kFloat16>());
+  }
+  return of_type(std::integral_constant<DataType, DataType::kBFloat16>());
+}
 
 // More than 48 KB of shared memory must be asked for, once per kernel and device. Two threads that
 // ask at once do no harm. One object for up to 64 kernels.

@@ -18,19 +18,6 @@
 namespace flash2 {
 namespace {
 
-template <DataType kType>
-const void* find_kernel(const BackwardPlan& plan) {
-  switch (plan.head_dim) {
-    case 64:
-      return sm80::backward_kernel<64, kType>(plan.variant, plan.general);
-    case 128:
-      return sm80::backward_kernel<128, kType>(plan.variant, plan.general);
-    case 256:
-      return sm80::backward_kernel<256, kType>(plan.variant, plan.general);
-  }
-  return nullptr;
-}
-
 // Where a size is 0 no kernel divides by it.
 Divisor divisor(int64_t size) {
   return Divisor(static_cast<uint32_t>(std::max<int64_t>(size, 1)));
@@ -92,7 +79,9 @@ int launch_backward(const BackwardProblem& problem, const BackwardPlan& plan, vo
     if (failed != cudaSuccess) return failed;
   } else if (plan.grid != 0) {
     const void* kernel =
-        bfloat16 ? find_kernel<DataType::kBFloat16>(plan) : find_kernel<DataType::kFloat16>(plan);
+        find_kernel(problem.data_type, plan.head_dim, [&](auto head_dim, auto type) {
+          return sm80::backward_kernel<head_dim(), type()>(plan.variant, plan.general);
+        });
     if (kernel == nullptr) return cudaErrorInvalidDeviceFunction;
     static_assert(4 * sm80::kBackwardTileCount <= 64);
     static SmemAllowance allowance;

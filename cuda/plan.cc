@@ -16,7 +16,8 @@ using sm80::kForwardTiles;
 
 // What the driver takes of a block's shared memory.
 constexpr int kReservedSmem = 1024;
-// K and V of the heads that are walked together: about what an L2 cache holds beside the rest.
+// What the tiles of heads that are walked together read: about what an L2 cache holds beside the
+// rest.
 constexpr int64_t kSectionBytes = int64_t{32} << 20;
 
 bool is_head_dim(int32_t d) { return d >= 8 && d <= 256 && d % 8 == 0; }
@@ -41,7 +42,7 @@ void choose_sm80_tile(const Device& device, const ForwardProblem& p, ForwardPlan
     return;
   }
   const ForwardTile& tile = kForwardTiles[plan->variant];
-  plan->general = p.soft_cap > 0.0f || p.alibi_slopes.data || p.query_segment_ids.data;
+  plan->general = is_general(p);
   plan->tile_q = tile.tile_q();
   plan->tile_kv = tile.tile_kv;
   plan->stages = 2;
@@ -56,6 +57,24 @@ bool is_aligned(const void* pointer, const Strides& stride, int64_t batch, int64
   const auto odd = [](int64_t s, int64_t size) { return size > 1 && s % 8 != 0; };
   return reinterpret_cast<uintptr_t>(pointer) % 16 == 0 && !odd(stride.batch, batch) &&
          !odd(stride.row, rows) && !odd(stride.head, heads);
+}
+
+int32_t bucket(const Problem& p) {
+  const int32_t widest = std::max(p.head_dim, p.head_dim_v);
+  return widest <= 64 ? 64 : widest <= 128 ? 128 : 256;
+}
+
+bool is_general(const Problem& p) {
+  return p.soft_cap > 0.0f || p.alibi_slopes.data || p.query_segment_ids.data;
+}
+
+bool is_uneven(const Problem& p) {
+  return p.is_causal && p.window_left == kUnbounded && p.chunk_size == 0;
+}
+
+int32_t heads_in_cache(int64_t bytes, int64_t heads) {
+  return static_cast<int32_t>(
+      std::clamp<int64_t>(kSectionBytes / std::max<int64_t>(bytes, 1), 1, heads));
 }
 
 PlanStatus check_problem(const Device& device, const Problem& p) {
@@ -125,8 +144,7 @@ ForwardPlan plan_forward(const Device& device, const ForwardProblem& p, int32_t 
   }
   if (plan.status != PlanStatus::kOk) return plan;
 
-  const int32_t widest = std::max(p.head_dim, p.head_dim_v);
-  plan.head_dim = widest <= 64 ? 64 : widest <= 128 ? 128 : 256;
+  plan.head_dim = bucket(p);
   if (family != 80 && sm90::serves(device, p)) {
     sm90::choose_tile(p, &plan);
   } else {
@@ -153,11 +171,10 @@ ForwardPlan plan_forward(const Device& device, const ForwardProblem& p, int32_t 
     if (sm90::counts_tiles(plan)) plan.workspace_bytes = sm90::kCounterBytes;
   }
 
-  // Only where the last tiles of a head take longest is it worth walking several heads at once.
-  if (p.is_causal && p.window_left == kUnbounded && p.chunk_size == 0 && !plan.empty) {
-    const int64_t kv_bytes = std::max<int64_t>(
-        1, 2 * int64_t{p.seq_kv} * (p.head_dim + p.head_dim_v) * p.heads_kv / plan.packs);
-    plan.section = static_cast<int32_t>(std::clamp<int64_t>(kSectionBytes / kv_bytes, 1, packs));
+  if (is_uneven(p) && !plan.empty) {
+    const int64_t kv_bytes =
+        2 * int64_t{p.seq_kv} * (p.head_dim + p.head_dim_v) * p.heads_kv / plan.packs;
+    plan.section = heads_in_cache(kv_bytes, packs);
     if (plan.family == 90) sm90::choose_sections(device, packs, &plan);
   }
   return plan;

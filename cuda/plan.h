@@ -119,6 +119,16 @@ PlanStatus check_problem(const Device& device, const Problem& problem);
 bool is_aligned(const void* pointer, const Strides& stride, int64_t batch, int64_t rows,
                 int64_t heads);
 
+// The choices that every pass makes alike: the bucket of head_dim, and whether only a general
+// kernel serves the problem.
+int32_t bucket(const Problem& problem);
+bool is_general(const Problem& problem);
+// Whether a head's last query tiles and first key tiles take longest: only then is it worth
+// walking several heads at once.
+bool is_uneven(const Problem& problem);
+// How many of `heads` then, where all tiles of a head read the same `bytes`.
+int32_t heads_in_cache(int64_t bytes, int64_t heads);
+
 // Facts of a device, asked for once per ordinal. Returns a cudaError_t.
 int query_device(int ordinal, Device* device);
 

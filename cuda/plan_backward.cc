@@ -15,10 +15,6 @@ using sm80::BackwardTile;
 using sm80::kBackwardTileCount;
 using sm80::kBackwardTiles;
 
-// Q, dO and the sums of dQ of the heads that are walked together: about what an L2 cache holds
-// beside the rest.
-constexpr int64_t kSectionBytes = int64_t{32} << 20;
-
 // Sums of dQ that a key head's last block may turn into dQ alone: at 2 MB it takes some 20 us for
 // what a kernel of its own takes 70 us for.
 constexpr int64_t kFinishBytes = int64_t{2} << 20;
@@ -39,7 +35,7 @@ void choose_sm80_tile(const Device& device, const BackwardProblem& p, BackwardPl
     return;
   }
   const BackwardTile& tile = kBackwardTiles[plan->variant];
-  plan->general = p.soft_cap > 0.0f || p.alibi_slopes.data || p.query_segment_ids.data;
+  plan->general = is_general(p);
   plan->tile_q = tile.tile_q;
   plan->tile_kv = tile.tile_kv();
   plan->stages = tile.stages;
@@ -76,8 +72,7 @@ BackwardPlan plan_backward(const Device& device, const BackwardProblem& p, int32
     plan.status = PlanStatus::kAlignment;
     return plan;
   }
-  const int32_t widest = std::max(p.head_dim, p.head_dim_v);
-  plan.head_dim = widest <= 64 ? 64 : widest <= 128 ? 128 : 256;
+  plan.head_dim = bucket(p);
   if (family != 80 && sm90::serves(device, p)) {
     sm90::choose_tile(p, &plan);
   } else {
@@ -102,11 +97,11 @@ BackwardPlan plan_backward(const Device& device, const BackwardProblem& p, int32
                                                                 p.heads_q / p.heads_kv <=
                                                             kFinishBytes;
 
-  // Only where the first tiles of a head take longest is it worth walking several heads at once.
-  if (p.is_causal && p.window_left == kUnbounded && p.chunk_size == 0 && tiles > 0) {
-    const int64_t bytes = std::max<int64_t>(
-        1, int64_t{p.seq_q} * (6 * p.head_dim + 2 * p.head_dim_v) * p.heads_q / p.heads_kv);
-    plan.section = static_cast<int32_t>(std::clamp<int64_t>(kSectionBytes / bytes, 1, heads));
+  if (is_uneven(p) && tiles > 0) {
+    // Of Q, dO and the sums of dQ.
+    const int64_t bytes =
+        int64_t{p.seq_q} * (6 * p.head_dim + 2 * p.head_dim_v) * p.heads_q / p.heads_kv;
+    plan.section = heads_in_cache(bytes, heads);
     if (plan.family == 90) {
       const bool grouped = p.heads_q > p.heads_kv;
       plan.section = sm90::section(device, plan, heads, plan.section, grouped, p.deterministic);

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from jax_flash2 import _attention_fn, _modules
 from jax_flash2._attention_fn import attention_fn
-from jax_flash2._cache import KeyValueCache
 from jax_flash2._context import ContextParallel
+from jax_flash2._nnx_cache import CachingAttention
 
 __all__ = ["Flash2Attention", "attention_fn"]
 
 
-class Flash2Attention(nnx.MultiHeadAttention):
+class Flash2Attention(CachingAttention):
     """Multi-head attention with the parameters of `nnx.MultiHeadAttention`.
 
     A drop-in for it: the same parameter tree (query, key, value, out, and with
@@ -209,13 +207,13 @@ class Flash2Attention(nnx.MultiHeadAttention):
         decode = bool(self.decode if decode is None else decode)
         if is_causal is None:
             is_causal = decode or self.is_causal
-        variables = self._cache_variables() if decode else ()
+        cache = self._read_cache() if decode else None
         dropout_key = self._dropout_key(deterministic, rngs)
         out, cache = self.options.attend(
             query,
             key,
             value,
-            KeyValueCache(*(v[...] for v in variables)) if decode else None,
+            cache,
             is_causal=is_causal,
             shares_inputs=inputs_k is None,
             mask=mask,
@@ -229,62 +227,9 @@ class Flash2Attention(nnx.MultiHeadAttention):
             dropout_rate=0.0 if dropout_key is None else self.dropout_rate,
             dropout_key=dropout_key,
         )
-        for variable, array in zip(variables, cache or (), strict=True):
-            variable[...] = array
+        if cache is not None:
+            self._write_cache(cache)
         return self.out(out, out_sharding=out_sharding)
-
-    def init_cache(
-        self, input_shape: Sequence[int], dtype: Any = None, out_sharding: Any = None
-    ) -> None:
-        """Makes an empty cache, which decoding needs; also empties one.
-
-        Args:
-          input_shape: `(batch..., max_length, features)`, as in flax.
-          dtype: of keys and values; None is the module's dtype, or param_dtype.
-          out_sharding: of keys and values; explicit meshes need that of the keys.
-
-        Sets cached_key and cached_value, `(batch..., max_length, num_kv_heads,
-        head_dim)`, and cache_index, int32 `(batch...)`: the tokens held by each entry.
-        """
-        dtype = dtype or self.dtype or self.param_dtype
-        shape = (*input_shape[:-1], self.num_kv_heads, self.head_dim)
-        zeros = functools.partial(jnp.zeros, shape, dtype, out_sharding=out_sharding)
-        self.cached_key, self.cached_value = nnx.Cache(zeros()), nnx.Cache(zeros())
-        self.cache_index = nnx.Cache(jnp.zeros(input_shape[:-2], jnp.int32))
-
-    def set_view(
-        self,
-        deterministic: bool | None = None,
-        decode: bool | None = None,
-        batch_size: int | Sequence[int] | None = None,
-        max_length: int | None = None,
-    ) -> None:
-        """What `nnx.view` calls.
-
-        Args:
-          deterministic: if True, dropout is off.
-          decode: if True, calls append to the cache.
-          batch_size: of a new cache, with max_length.
-          max_length: of a new cache, with batch_size.
-        """
-        super().set_view(deterministic=deterministic, decode=decode)
-        if (batch_size is None) != (max_length is None):
-            raise ValueError(
-                "batch_size and max_length must be given together; got "
-                f"{batch_size=} and {max_length=}"
-            )
-        if batch_size is not None and max_length is not None:
-            batch = (batch_size,) if isinstance(batch_size, int) else batch_size
-            self.init_cache((*batch, max_length, self.in_features))
-
-    def _cache_variables(self) -> tuple[Any, ...]:
-        variables = (self.cached_key, self.cached_value, self.cache_index)
-        if any(variable is None for variable in variables):
-            raise ValueError(
-                "decode needs a cache; got none. Call init_cache((batch..., "
-                "max_length, features)) first."
-            )
-        return variables
 
     def _dropout_key(self, deterministic: bool | None, rngs: Any) -> jax.Array | None:
         """The key of this call's dropout, or None where there is none."""

@@ -86,17 +86,7 @@ struct PairProducer {
       // As late as possible, as with single blocks. Who waits for sums must be sure that those
       // before are at work: the first tiles too are taken in the order in which pairs begin.
       const uint32_t number = take(parity_of_number);
-      ptx::mbarrier_wait_warp(smem.tile_empty(tile_ring.stage), tile_ring.parity ^ 1);
-      Tile& tile = tiles[tile_ring.stage];
-      if (number < count) {
-        const Tile made(params, number);
-        if (leader) tile = made;
-      } else if (leader) {
-        tile.block = -1;
-      }
-      __syncwarp();
-      if (leader) ptx::mbarrier_arrive(smem.tile_full(tile_ring.stage));
-      tile_ring.next();
+      const Tile& tile = hand_over(params, number, count, smem, tiles, tile_ring, leader);
       if (number >= count) break;
       if (leader) load(tile);
       __syncwarp();

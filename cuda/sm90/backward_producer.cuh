@@ -40,17 +40,7 @@ struct BackwardProducer {
     uint32_t parity = 1;  // of `empty` of K and V
     bool fresh = true;
     for (uint32_t number = blockIdx.x;;) {
-      ptx::mbarrier_wait_warp(smem.tile_empty(ring.stage), ring.parity ^ 1);
-      Tile& tile = tiles[ring.stage];
-      if (number < count) {
-        const Tile made(params, number);
-        if (leader) tile = made;
-      } else if (leader) {
-        tile.block = -1;
-      }
-      __syncwarp();
-      if (leader) ptx::mbarrier_arrive(smem.tile_full(ring.stage));
-      ring.next();
+      const Tile& tile = hand_over(params, number, count, smem, tiles, ring, leader);
       if (number >= count) break;
 
       // In the order in which the buffers become free: K is read last, by the tile's last dQ.

@@ -20,7 +20,9 @@
 #include "mask.cuh"
 #include "params.h"
 #include "problem.h"
+#include "ptx/mbarrier.cuh"
 #include "scheduler.cuh"
+#include "sm90/ring.cuh"
 
 namespace flash2::sm90 {
 
@@ -110,5 +112,25 @@ struct KeyTile {
     }
   }
 };
+
+// Puts the tile of this number, of `count`, where the other warps of the block read it; past the
+// last, that there are no more. By a whole warp.
+template <class Memory, class Tile>
+__device__ __forceinline__ const Tile& hand_over(const BackwardParams& params, uint32_t number,
+                                                 uint32_t count, const Memory& smem, Tile* tiles,
+                                                 Ring<2>& ring, bool leader) {
+  ptx::mbarrier_wait_warp(smem.tile_empty(ring.stage), ring.parity ^ 1);
+  Tile& tile = tiles[ring.stage];
+  if (number < count) {
+    const Tile made(params, number);
+    if (leader) tile = made;
+  } else if (leader) {
+    tile.block = -1;
+  }
+  __syncwarp();
+  if (leader) ptx::mbarrier_arrive(smem.tile_full(ring.stage));
+  ring.next();
+  return tile;
+}
 
 }  // namespace flash2::sm90

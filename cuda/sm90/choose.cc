@@ -71,9 +71,8 @@ int32_t choose_splits(const ForwardProblem& p, int32_t head_dim, int32_t pack, i
 }  // namespace
 
 bool serves(const Device& device, const ForwardProblem& p) {
-  const bool general = p.soft_cap > 0.0f || p.alibi_slopes.data || p.query_segment_ids.data;
   // A tensor map has no empty axis.
-  return device.compute_capability == 90 && !general && p.seq_kv > 0;
+  return device.compute_capability == 90 && !is_general(p) && p.seq_kv > 0;
 }
 
 void choose_tile(const ForwardProblem& p, ForwardPlan* plan) {

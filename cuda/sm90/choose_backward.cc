@@ -29,10 +29,9 @@ bool first_stores(const BackwardProblem& p, int32_t head_dim, bool masked) {
 }  // namespace
 
 bool serves(const Device& device, const BackwardProblem& p) {
-  const bool general = p.soft_cap > 0.0f || p.alibi_slopes.data || p.query_segment_ids.data;
   // A tensor map has no empty axis.
   const bool empty = p.batch == 0 || p.heads_q == 0 || p.seq_q == 0 || p.seq_kv == 0;
-  return device.compute_capability == 90 && !general && !empty;
+  return device.compute_capability == 90 && !is_general(p) && !empty;
 }
 
 void choose_tile(const BackwardProblem& p, BackwardPlan* plan) {

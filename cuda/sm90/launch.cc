@@ -17,19 +17,6 @@
 namespace flash2::sm90 {
 namespace {
 
-template <DataType kType>
-const void* find_kernel(const ForwardPlan& plan) {
-  switch (plan.head_dim) {
-    case 64:
-      return forward_kernel<64, kType>(plan.variant, plan.general);
-    case 128:
-      return forward_kernel<128, kType>(plan.variant, plan.general);
-    case 256:
-      return forward_kernel<256, kType>(plan.variant, plan.general);
-  }
-  return nullptr;
-}
-
 // A number that no other launch has, in this process or another, but by a chance of 2^-64:
 // splitmix64 of a count that starts with the time.
 uint64_t launch_key() {
@@ -61,7 +48,9 @@ int launch_forward(const ForwardProblem& problem, const ForwardPlan& plan, void*
                    CUstream_st* stream) {
   const bool bfloat16 = problem.data_type == DataType::kBFloat16;
   const void* kernel =
-      bfloat16 ? find_kernel<DataType::kBFloat16>(plan) : find_kernel<DataType::kFloat16>(plan);
+      find_kernel(problem.data_type, plan.head_dim, [&](auto head_dim, auto type) {
+        return forward_kernel<head_dim(), type()>(plan.variant, plan.general);
+      });
   if (kernel == nullptr) return cudaErrorInvalidDeviceFunction;
   static SmemAllowance allowance;
   static_assert(2 * kForwardTileCount <= 64);

@@ -10,19 +10,6 @@
 namespace flash2::sm90 {
 namespace {
 
-template <DataType kType>
-const void* find_kernel(const BackwardPlan& plan) {
-  switch (plan.head_dim) {
-    case 64:
-      return backward_kernel<64, kType>(plan.variant, plan.general);
-    case 128:
-      return backward_kernel<128, kType>(plan.variant, plan.general);
-    case 256:
-      return backward_kernel<256, kType>(plan.variant, plan.general);
-  }
-  return nullptr;
-}
-
 int encode_maps(const BackwardParams& params, const BackwardTile& tile, BackwardMaps* maps) {
   const BackwardProblem& p = params.problem;
   const auto rows = [&](const void* data, const Strides& stride, int head_dim) {
@@ -67,7 +54,9 @@ int launch_backward(const BackwardProblem& problem, const BackwardPlan& plan,
                     BackwardParams& params, CUstream_st* stream) {
   const bool bfloat16 = problem.data_type == DataType::kBFloat16;
   const void* kernel =
-      bfloat16 ? find_kernel<DataType::kBFloat16>(plan) : find_kernel<DataType::kFloat16>(plan);
+      find_kernel(problem.data_type, plan.head_dim, [&](auto head_dim, auto type) {
+        return backward_kernel<head_dim(), type()>(plan.variant, plan.general);
+      });
   if (kernel == nullptr) return cudaErrorInvalidDeviceFunction;
   static SmemAllowance allowance;
   static_assert(2 * kBackwardTileCount <= 64);

@@ -2,11 +2,11 @@
 // compute-sanitizer: exact allocations, outputs full of NaN before, and every element of them
 // written after.
 //
-//   launch_test                 all problems; prints their number
-//   launch_test --part I N      every N-th of them, from the I-th on
-//   launch_test --part I N T    T times each
-//   launch_test --plant TOOL    a kernel with the fault that memcheck, racecheck or synccheck must
-//                               find, to show that the tool sees what this program does
+//   launch_test                  all problems; prints their number
+//   launch_test --part I N [T]   every N-th of them, from the I-th on; T times each
+//   launch_test --only NAME [T]  the one of that name; prints all names where none is that
+//   launch_test --plant TOOL     a kernel with the fault that memcheck, racecheck or synccheck
+//                                must find, to show that the tool sees what this program does
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -105,6 +105,37 @@ const Setting kSettings[] = {
     {"general", [](Problem& p) { p.is_causal = true, p.soft_cap = 5.0f; }, true, true, true},
 };
 
+// One problem. Its name tells all of it, so that it means the same however others come and go.
+struct Case {
+  const Setting* setting;
+  DataType type;
+  int head_dim;
+  Shape shape;
+  int32_t family;  // as in plan_forward and plan_backward
+  bool deterministic;
+  int32_t smem = 0;  // the device's bytes of shared memory a block, and its multiprocessors;
+  int num_sms = 0;   // 0: as many as it has
+
+  std::string name() const {
+    const auto pair = [](int a, int b) { return std::to_string(a) + "/" + std::to_string(b); };
+    std::string text = setting->name;
+    text += type == DataType::kBFloat16 ? ", bfloat16" : ", float16";
+    text += ", head_dim " + std::to_string(head_dim);
+    text += ", lengths " + pair(shape.seq_q, shape.seq_kv);
+    text += ", heads " + pair(kHeads, shape.heads_kv);
+    text += ", family " + std::to_string(family);
+    if (deterministic) text += ", deterministic";
+    if (smem > 0) text += ", smem " + std::to_string(smem);
+    if (num_sms > 0) text += ", sms " + std::to_string(num_sms);
+    return text;
+  }
+  Device on(Device device) const {
+    if (smem > 0) device.smem_per_block = smem, device.smem_per_sm = smem + 1024;
+    if (num_sms > 0) device.num_sms = num_sms;
+    return device;
+  }
+};
+
 // What both passes take, and where their results go.
 struct Arrays {
   Array<uint16_t> q, k, v, out;
@@ -178,18 +209,19 @@ void add_results(const std::vector<T>& values) {
   }
 }
 
-// `family` as in plan_forward and plan_backward.
-void run(const Device& device, DataType type, int head_dim, Shape shape, const Setting& setting,
-         bool deterministic, int32_t family) {
-  const std::string name = std::string(setting.name) + ", head_dim " + std::to_string(head_dim) +
-                           ", lengths " + std::to_string(shape.seq_q) + "/" +
-                           std::to_string(shape.seq_kv) + ", family " + std::to_string(family);
+void run(const Device& actual, const Case& c) {
+  const Device device = c.on(actual);
+  const Setting& setting = *c.setting;
+  const DataType type = c.type;
+  const int head_dim = c.head_dim;
+  const Shape shape = c.shape;
+  const std::string name = c.name();
   const Arrays a(type, head_dim, shape);
   ForwardProblem f;
   fill(f, a, type, head_dim, shape, setting);
   f.out = a.out.data(), f.lse = a.lse.data();
   f.out_stride = f.query_stride;
-  const ForwardPlan forward = plan_forward(device, f, family);
+  const ForwardPlan forward = plan_forward(device, f, c.family);
   require(forward.status == PlanStatus::kOk, name + ": " + describe(forward.status));
   const Array<uint8_t> forward_workspace(
       std::vector<uint8_t>(std::max<size_t>(forward.workspace_bytes, 1), 0xff));
@@ -213,8 +245,8 @@ void run(const Device& device, DataType type, int head_dim, Shape shape, const S
   b.dscale_rows = dscale_rows.data();
   b.out_stride = b.dout_stride = b.dquery_stride = b.query_stride;
   b.dkey_stride = b.dvalue_stride = b.key_stride;
-  b.deterministic = deterministic;
-  const BackwardPlan backward = plan_backward(device, b, family);
+  b.deterministic = c.deterministic;
+  const BackwardPlan backward = plan_backward(device, b, c.family);
   require(backward.status == PlanStatus::kOk, name + ": " + describe(backward.status));
   const Array<uint8_t> workspace(std::vector<uint8_t>(backward.workspace.bytes, 0xff));
   cuda(launch_backward(b, backward, workspace.data(), nullptr), name.c_str());
@@ -224,8 +256,65 @@ void run(const Device& device, DataType type, int head_dim, Shape shape, const S
   require_finite(dv, type, name + ": dv");
   add_results(dk.host());
   add_results(dv.host());
-  if (deterministic) add_results(dq.host());
+  if (c.deterministic) add_results(dq.host());
   for (float x : dscale_rows.host()) require(!std::isnan(x), name + ": dscale has NaN");
+}
+
+std::vector<Case> cases(const Device& device) {
+  std::vector<Case> found;
+  constexpr Shape kShapes[] = {{130, 200, 2}, {3, 65, 4}, {257, 70, 1}};
+  // 232448 bytes on Hopper, 101376 on 8.6 and 8.9: the tiles of every device are tried.
+  for (int32_t smem : {0, 166912, 101376}) {
+    if (smem > device.smem_per_block) continue;
+    for (DataType type : {DataType::kBFloat16, DataType::kFloat16}) {
+      // The dtype changes no address and no barrier: racecheck takes a second a launch.
+      const bool whole = smem == 0 || smem == device.smem_per_block;
+      if (type == DataType::kFloat16 && !whole) continue;
+      for (int head_dim : {64, 40, 128, 256, 200}) {
+        for (const Setting& setting : kSettings) {
+          const int number = static_cast<int>(found.size());
+          // One shape each, another for each dtype.
+          const Shape shape = kShapes[(number + static_cast<int>(type)) % 3];
+          const bool deterministic = (number + 1) / 3 % 2 == 0;
+          found.push_back({&setting, type, head_dim, shape, 80, deterministic, smem});
+        }
+      }
+    }
+  }
+  if (device.compute_capability != 90) return found;
+  // The family of 9.0, with and without ragged keys; what it does not serve has been tried above.
+  // The last two pack the heads of a group, the first of them in a cluster where no window cuts.
+  constexpr Shape kHopperShapes[] = {{130, 200, 2}, {3, 65, 4},   {257, 70, 1},
+                                     {200, 256, 2}, {5, 4100, 1}, {16, 129, 2}};
+  for (DataType type : {DataType::kBFloat16, DataType::kFloat16}) {
+    for (int head_dim : {64, 40, 128, 256, 200}) {
+      for (const Setting& setting : kSettings) {
+        if (setting.segments || setting.slopes) continue;
+        for (int i = 0; i < 6; i += 2) {  // the other three with the other dtype
+          const int number = static_cast<int>(found.size()) + 1;
+          const bool deterministic = __builtin_popcount(number) % 2 == 0;
+          // On two multiprocessors alone there are several rounds of tiles, hence both directions.
+          const int num_sms = number / 2 % 2 == 0 ? 2 : 0;
+          const Shape shape = kHopperShapes[i + static_cast<int>(type)];
+          found.push_back({&setting, type, head_dim, shape, 0, deterministic, 0, num_sms});
+        }
+      }
+    }
+  }
+  return found;
+}
+
+// The one of this name; there must be one, and no other.
+Case named(const std::vector<Case>& all, const std::string& name) {
+  std::vector<Case> found;
+  for (const Case& c : all) {
+    if (c.name() == name) found.push_back(c);
+  }
+  if (found.empty()) {
+    for (const Case& c : all) std::fprintf(stderr, "%s\n", c.name().c_str());
+  }
+  require(found.size() == 1, std::to_string(found.size()) + " problems are named " + name);
+  return found.front();
 }
 
 // --- Planted faults
@@ -266,62 +355,23 @@ int main(int argc, char** argv) {
     plant(argv[2]);
     return 0;
   }
-  int part = 0, parts = 1, times = 1;
-  if ((argc == 4 || argc == 5) && std::strcmp(argv[1], "--part") == 0) {
-    part = std::atoi(argv[2]), parts = std::atoi(argv[3]);
-    if (argc == 5) times = std::atoi(argv[4]);
-  } else {
-    require(argc == 1,
-            "usage: launch_test [--part I N [T] | --plant memcheck|racecheck|synccheck]");
-  }
-  require(0 <= part && part < parts && times > 0, "--part I N T must have 0 <= I < N and T > 0");
+  const std::string option = argc > 1 ? argv[1] : "";
+  const bool by_part = option == "--part", by_name = option == "--only";
+  const int wanted = by_part ? 4 : by_name ? 3 : 1;
+  require(argc == wanted || ((by_part || by_name) && argc == wanted + 1),
+          "usage: launch_test [--part I N [T] | --only NAME [T] | "
+          "--plant memcheck|racecheck|synccheck]");
+  const int times = argc > wanted ? std::atoi(argv[wanted]) : 1;
+  require(times > 0, "T must be at least 1");
   Device device;
   cuda(query_device(0, &device), "query_device");
-  constexpr Shape kShapes[] = {{130, 200, 2}, {3, 65, 4}, {257, 70, 1}};
-  int problems = 0, done = 0;
-  // 232448 bytes on Hopper, 101376 on 8.6 and 8.9: the tiles of every device are tried.
-  for (int32_t smem : {device.smem_per_block, 166912, 101376}) {
-    if (smem > device.smem_per_block) continue;
-    Device d = device;
-    d.smem_per_block = smem;
-    d.smem_per_sm = smem + 1024;
-    for (DataType type : {DataType::kBFloat16, DataType::kFloat16}) {
-      // The dtype changes no address and no barrier: racecheck takes a second a launch.
-      if (type == DataType::kFloat16 && smem != device.smem_per_block) continue;
-      for (int head_dim : {64, 40, 128, 256, 200}) {
-        for (const Setting& setting : kSettings) {
-          // One shape each, another for each dtype.
-          const Shape shape = kShapes[(problems + static_cast<int>(type)) % 3];
-          if (problems++ % parts != part) continue;
-          for (int t = 0; t < times; ++t) {
-            run(d, type, head_dim, shape, setting, problems / 3 % 2 == 0, 80);
-          }
-          ++done;
-        }
-      }
-    }
-  }
-  // The family of 9.0, with and without ragged keys; what it does not serve has been tried above.
-  // The last two pack the heads of a group, the first of them in a cluster where no window cuts.
-  constexpr Shape kHopperShapes[] = {{130, 200, 2}, {3, 65, 4},   {257, 70, 1},
-                                     {200, 256, 2}, {5, 4100, 1}, {16, 129, 2}};
-  for (DataType type : {DataType::kBFloat16, DataType::kFloat16}) {
-    for (int head_dim : {64, 40, 128, 256, 200}) {
-      for (const Setting& setting : kSettings) {
-        if (device.compute_capability != 90 || setting.segments || setting.slopes) continue;
-        for (int i = 0; i < 6; i += 2) {  // the other three with the other dtype
-          const Shape& shape = kHopperShapes[i + static_cast<int>(type)];
-          if (problems++ % parts != part) continue;
-          // On two multiprocessors alone there are several rounds of tiles, hence both directions.
-          Device d = device;
-          if (problems / 2 % 2 == 0) d.num_sms = 2;
-          for (int t = 0; t < times; ++t) {
-            run(d, type, head_dim, shape, setting, __builtin_popcount(problems) % 2 == 0, 0);
-          }
-          ++done;
-        }
-      }
-    }
+  std::vector<Case> all = cases(device);
+  if (by_name) all = {named(all, argv[2])};
+  const int part = by_part ? std::atoi(argv[2]) : 0, parts = by_part ? std::atoi(argv[3]) : 1;
+  require(0 <= part && part < parts, "--part I N must have 0 <= I < N");
+  int done = 0;
+  for (size_t i = part; i < all.size(); i += parts, ++done) {
+    for (int t = 0; t < times; ++t) run(device, all[i]);
   }
   std::printf("%d problems\nresults %016llx\n", done, static_cast<unsigned long long>(results));
 }
