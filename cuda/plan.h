@@ -82,8 +82,9 @@ struct BackwardWorkspace {
 };
 
 inline constexpr int64_t kRowPadding = 64;  // rows of a block of the kernels before and after
-// Every tile_q divides it; some serve only long walks, where padding costs little.
-inline constexpr int64_t kHeadPadding = 128, kLongHeadPadding = 640, kLongRows = 8192;
+// Every tile_q divides it; that of 80 rows serves only walks that are long enough for its padding,
+// at head_dim 128.
+inline constexpr int64_t kHeadPadding = 128, kLongHeadPadding = 320, kLongRows = 1024;
 
 BackwardWorkspace backward_workspace(int64_t batch, int64_t heads_q, int64_t seq_q,
                                      int64_t head_dim);

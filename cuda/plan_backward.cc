@@ -48,7 +48,7 @@ void choose_sm80_tile(const Device& device, const BackwardProblem& p, BackwardPl
 BackwardWorkspace backward_workspace(int64_t batch, int64_t heads_q, int64_t seq_q,
                                      int64_t head_dim) {
   BackwardWorkspace w;
-  const int64_t padding = seq_q < kLongRows ? kHeadPadding : kLongHeadPadding;
+  const int64_t padding = head_dim == 128 && seq_q >= kLongRows ? kLongHeadPadding : kHeadPadding;
   w.rows_per_head = (seq_q + padding - 1) / padding * padding;
   const int64_t rows = batch * heads_q * w.rows_per_head;
   w.lse2 = w.dquery + rows * head_dim * 4;

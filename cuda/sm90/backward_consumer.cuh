@@ -2,7 +2,9 @@
 //
 // A consumer owns 64 of the tile's 128 keys. It computes S^T = K Q^T and dP^T = V dO^T, so that
 // P^T and dS^T lie in its registers as the A operands of dV += P^T dO and dK += dS^T Q. dQ = dS K
-// runs over all keys: dS goes to shared memory, and each consumer computes half of dQ.
+// runs over all keys: dS goes to shared memory, and each consumer computes half of dQ, a step
+// later than the rest: then the other's dS has long been there, and the two need not keep in step.
+// While one computes exponentials, the other multiplies.
 #pragma once
 
 #include <cstdint>
@@ -33,7 +35,9 @@ __device__ __forceinline__ void consume(
   constexpr bool kByRows = kQ == 128, kTransposed = kT.transposed();
   static_assert(kByRows ? kD == 64 : kD == 128);
   constexpr int kBlocks = kTransposed ? kQ / 8 : 8;  // of dQ, 16 x 8, in a warp
-  constexpr int kBoth = 1;                           // the named barrier of both consumers
+  // dQ, dV and dK of a step start together; else dK when dV is done.
+  constexpr bool kTogether = kByRows || kTransposed;
+  constexpr int kBoth = 1;  // the named barrier of both consumers
   const BackwardProblem& p = params.problem;
   const int lane = threadIdx.x % 32, thread = threadIdx.x % 128;
 
@@ -48,10 +52,12 @@ __device__ __forceinline__ void consume(
   const uint64_t ds_a = ptx::wgmma_descriptor(smem.ds(0) + (kByRows ? consumer * 64 * 128 : 0));
 
   float dkey[kD / 2], dvalue[kD / 2];
-  float s[kQ / 2], dp[kQ / 2], dquery[kTransposed ? kQ / 2 : 32];
+  float s[kQ / 2], dp[kQ / 2];
+  // dQ beside both gradients lies where S was: ptxas finds no other place.
+  auto& dquery_beside = reinterpret_cast<float (&)[4 * kBlocks]>(s);
   uint32_t probabilities[kQ / 16][4], ds[kQ / 16][4];
   Ring<2> ring, tile_ring;  // Q and dO stand at the same stage
-  uint32_t ds_stage = 0, kv_parity = 0, dquery_parity = 1;
+  uint32_t ds_stage = 0, kv_parity = 0, dquery_parity = 1, odd = 0;
   const uint32_t ds_to = transposed_row(smem.ds(0) + consumer * kQueryPanel, warp, lane);
 
   const auto release = [&](uint32_t barrier) {
@@ -61,16 +67,48 @@ __device__ __forceinline__ void consume(
     ptx::mbarrier_wait(smem.dquery_empty(consumer), dquery_parity);
   };
   // To a storer. Where they take every second step each, even and odd steps have barriers of their
-  // own, as dS has buffers.
+  // own.
   const auto hand_over = [&] {
     ptx::fence_async_shared();
     __syncwarp();
-    release(smem.dquery_full(consumer, kT.deterministic ? ds_stage : 0));
+    release(smem.dquery_full(consumer, odd));
+    if (kT.deterministic) odd ^= 1;
+  };
+  // Named barriers, of a consumer and a stage of dS: its half is there, and it has read the other
+  // stage. It arrives, the other one waits.
+  const auto ds_ready = [&](int of, uint32_t at) { return 2 + 2 * static_cast<int>(at) + of; };
+  // dQ of the step whose dS lies at `at`.
+  const auto start_dquery = [&](auto& dquery, uint32_t at) {
+    ptx::wgmma_fence();
+#pragma unroll
+    for (int k = 0; k < kKeys / 16; ++k) {
+      const uint64_t rows =
+          ptx::wgmma_advance(ds_a, at * kT.ds_bytes() + k / 4 * kQueryPanel + k % 4 * 32);
+      const uint64_t columns = ptx::wgmma_advance(key_t, k * 2048);
+      if constexpr (kTransposed) {
+        ptx::wgmma<kType, true, false>(dquery, columns, rows, k != 0);
+      } else {
+        ptx::wgmma<kType, false, true>(dquery, rows, columns, k != 0);
+      }
+    }
+    ptx::wgmma_commit();
+  };
+  const auto hand_dquery_over = [&](auto& dquery) {
+    ptx::pin(dquery);
+    wait_dquery_buffer();
+    dquery_parity ^= 1;
+#pragma unroll
+    for (int i = 0; i < kBlocks; ++i) {
+      ptx::store_shared_16(
+          smem.dquery(consumer) + (warp * kBlocks + i) * 512 + lane * 16,
+          words_of(dquery[4 * i], dquery[4 * i + 1], dquery[4 * i + 2], dquery[4 * i + 3]));
+    }
+    hand_over();
   };
 
-  // One query tile. kCut: some row of it does not see some key.
-  const auto step = [&](int query_tile, auto cut, const auto& tile, float factor) {
-    constexpr bool kCut = decltype(cut)::value;
+  // One query tile. kCut: some row of it does not see some key. kFirst: of the key tile.
+  const auto step = [&](int query_tile, auto cut, auto first, const auto& tile, float factor) {
+    constexpr bool kCut = decltype(cut)::value, kFirst = decltype(first)::value;
     const uint32_t stage = ring.stage, shift = stage * kT.stage_bytes();
     ptx::mbarrier_wait(smem.query_full(stage), ring.parity);
     ptx::wgmma_fence();
@@ -103,56 +141,68 @@ __device__ __forceinline__ void consume(
     ptx::wgmma_wait<0>();
     ptx::pin(dp);
     to_operands<kType>(s, dp, smem.delta(stage), probabilities, ds);
+    if constexpr (!kFirst) ptx::barrier_sync(ds_ready(1 - consumer, ds_stage ^ 1), 256);
 #pragma unroll
     for (int k = 0; k < kQ / 16; ++k) {
       ptx::store_matrix_x4_transposed(ds_to + ds_stage * kT.ds_bytes() + k * 2048, ds[k]);
     }
     ptx::fence_async_shared();
 
-    ptx::wgmma_fence();
+    const auto start_dvalue = [&] {
 #pragma unroll
-    for (int k = 0; k < kQ / 16; ++k) {
-      ptx::wgmma<kType, true>(dvalue, probabilities[k],
-                              ptx::wgmma_advance(dout_t, shift + k * 2048), true);
-    }
-    ptx::wgmma_commit();
-    // Both have stored dS, and both are done with the dS of the step before.
-    ptx::barrier_sync(kBoth, 256);
-    ptx::wgmma_fence();
-#pragma unroll
-    for (int k = 0; k < kKeys / 16; ++k) {
-      const uint64_t rows =
-          ptx::wgmma_advance(ds_a, ds_stage * kT.ds_bytes() + k / 4 * kQueryPanel + k % 4 * 32);
-      const uint64_t columns = ptx::wgmma_advance(key_t, k * 2048);
-      if constexpr (kTransposed) {
-        ptx::wgmma<kType, true, false>(dquery, columns, rows, k != 0);
-      } else {
-        ptx::wgmma<kType, false, true>(dquery, rows, columns, k != 0);
+      for (int k = 0; k < kQ / 16; ++k) {
+        ptx::wgmma<kType, true>(dvalue, probabilities[k],
+                                ptx::wgmma_advance(dout_t, shift + k * 2048), !kFirst || k != 0);
       }
-    }
-    ptx::wgmma_commit();
-    ptx::wgmma_wait<1>();
-    release(smem.dout_empty(stage));
+      ptx::wgmma_commit();
+    };
+    const auto start_dkey = [&] {
 #pragma unroll
-    for (int k = 0; k < kQ / 16; ++k) {
-      ptx::wgmma<kType, true>(dkey, ds[k], ptx::wgmma_advance(query_t, shift + k * 2048), true);
+      for (int k = 0; k < kQ / 16; ++k) {
+        ptx::wgmma<kType, true>(dkey, ds[k], ptx::wgmma_advance(query_t, shift + k * 2048),
+                                !kFirst || k != 0);
+      }
+      ptx::wgmma_commit();
+    };
+    ptx::wgmma_fence();
+    if constexpr (kFirst) {
+      start_dvalue();
+      start_dkey();
+      ptx::barrier_arrive(ds_ready(consumer, ds_stage), 256);
+      ptx::wgmma_wait<1>();
+      release(smem.dout_empty(stage));
+    } else if constexpr (kTogether && !kCut) {
+      start_dquery(dquery_beside, ds_stage ^ 1);
+      ptx::wgmma_fence();
+      start_dvalue();
+      start_dkey();
+      ptx::wgmma_wait<2>();
+      ptx::barrier_arrive(ds_ready(consumer, ds_stage), 256);
+      hand_dquery_over(dquery_beside);
+      ptx::wgmma_wait<1>();
+      release(smem.dout_empty(stage));
+    } else {
+      start_dvalue();
+      float dquery[4 * kBlocks];
+      start_dquery(dquery, ds_stage ^ 1);
+      ptx::wgmma_wait<1>();
+      release(smem.dout_empty(stage));
+      start_dkey();
+      ptx::wgmma_wait<1>();
+      ptx::barrier_arrive(ds_ready(consumer, ds_stage), 256);
+      hand_dquery_over(dquery);
     }
-    ptx::wgmma_commit();
-    ptx::wgmma_wait<1>();
-    ptx::pin(dquery);
-    wait_dquery_buffer();
-    dquery_parity ^= 1;
-#pragma unroll
-    for (int i = 0; i < kBlocks; ++i) {
-      ptx::store_shared_16(
-          smem.dquery(consumer) + (warp * kBlocks + i) * 512 + lane * 16,
-          words_of(dquery[4 * i], dquery[4 * i + 1], dquery[4 * i + 2], dquery[4 * i + 3]));
-    }
-    hand_over();
     ptx::wgmma_wait<0>();
     release(smem.query_empty(stage));
     ring.next();
     ds_stage ^= 1;
+  };
+  // dQ of a tile's last step.
+  const auto finish = [&] {
+    ptx::barrier_sync(ds_ready(1 - consumer, ds_stage ^ 1), 256);
+    start_dquery(dquery_beside, ds_stage ^ 1);
+    ptx::wgmma_wait<0>();
+    hand_dquery_over(dquery_beside);
   };
 
   for (;;) {
@@ -162,8 +212,6 @@ __device__ __forceinline__ void consume(
     const int begin = uniform(tile.begin), end = uniform(tile.end);
     const int group = params.group;
     const float factor = tile.scale * kLog2E;
-#pragma unroll
-    for (int i = 0; i < kD / 2; ++i) dkey[i] = dvalue[i] = 0.0f;
     ptx::mbarrier_wait(smem.key_full(), kv_parity);
     ptx::mbarrier_wait(smem.value_full(), kv_parity);
     kv_parity ^= 1;
@@ -180,39 +228,74 @@ __device__ __forceinline__ void consume(
         ptx::fence_async_shared();
         ptx::barrier_sync(kBoth, 256);
       }
-      // The cut tiles before the whole ones and those, then the cut ones after them; each for all
-      // heads.
-      const int whole = whole_end - whole_begin, direction = tile.direction();
-      int query_tile = tile.first_query(), left = group;
+      // Cut tiles, whole ones, and cut ones again; each for all heads.
+      const int direction = tile.direction(), steps = group * (end - begin);
+      const int cut_before = direction > 0 ? whole_begin - begin : end - whole_end;
+      const int first_whole = group * cut_before, whole = whole_end - whole_begin;
+      const int end_whole = first_whole + group * whole;
+      const int first_query = tile.first_query();
+      int query_tile = first_query, left = group;
+      const auto advance = [&] {
+        if (--left == 0) {
+          left = group;
+          query_tile += direction;
+        }
+      };
+      const auto cut_step = [&](auto first) {
+        if (rows < kQ && query_tile == end - 1) {
+          ptx::mbarrier_wait(smem.query_full(ring.stage), ring.parity);
+          clear_rows<kD / 64>(smem.query(ring.stage), rows, kQ, all, 256);
+          ptx::mbarrier_wait(smem.dout_full(ring.stage), ring.parity);
+          clear_rows<kD / 64>(smem.dout(ring.stage), rows, kQ, all, 256);
+          ptx::fence_async_shared();
+          ptx::barrier_sync(kBoth, 256);
+        }
+        step(query_tile, Yes{}, first, tile, factor);
+      };
+      const auto pass_whole = [&](int& i) {
+        query_tile = first_query + direction * (cut_before + whole);
+        left = group;
 #pragma unroll 1
-      for (int half = 0; half < 2; ++half) {
-        const bool below = (half == 0) == (direction > 0);
-        const int cut = below ? whole_begin - begin : end - whole_end;
+        for (; i < end_whole; ++i) step(0, No{}, No{}, tile, factor);
+      };
+      if (steps > 0) {
+        cut_step(Yes{});  // a mask that hides nothing does no harm
+        advance();
+        // Two forms of the same loop, for the sake of ptxas: with the other one it lacks registers
+        // (C7511, or spills inside).
+        if constexpr (kTogether) {
 #pragma unroll 1
-        for (int n = group * cut; n > 0; --n) {
-          if (rows < kQ && query_tile == end - 1) {
-            ptx::mbarrier_wait(smem.query_full(ring.stage), ring.parity);
-            clear_rows<kD / 64>(smem.query(ring.stage), rows, kQ, all, 256);
-            ptx::mbarrier_wait(smem.dout_full(ring.stage), ring.parity);
-            clear_rows<kD / 64>(smem.dout(ring.stage), rows, kQ, all, 256);
-            ptx::fence_async_shared();
-            ptx::barrier_sync(kBoth, 256);
+          for (int i = 1; i < steps;) {
+            if (i < first_whole || i >= end_whole) {
+              cut_step(No{});
+              advance();
+              ++i;
+            } else {
+              pass_whole(i);
+            }
           }
-          step(query_tile, Yes{}, tile, factor);
-          if (--left == 0) {
-            left = group;
-            query_tile += direction;
+        } else {
+          int i = 1;
+#pragma unroll 1
+          for (int half = 0; half < 2; ++half) {
+#pragma unroll 1
+            for (const int until = half == 0 ? first_whole : steps; i < until; ++i) {
+              cut_step(No{});
+              advance();
+            }
+            if (half == 0 && i < end_whole) pass_whole(i);
           }
         }
-        if (half == 0) {
-          query_tile += direction * whole;
-#pragma unroll 1
-          for (int n = group * whole; n > 0; --n) step(0, No{}, tile, factor);
-        }
+        finish();
+      } else {
+#pragma unroll
+        for (int i = 0; i < kD / 2; ++i) dkey[i] = dvalue[i] = 0.0f;
       }
     } else {
+      step(0, No{}, Yes{}, tile, factor);
 #pragma unroll 1
-      for (int left = group * (end - begin); left > 0; --left) step(0, No{}, tile, factor);
+      for (int left = group * (end - begin); left > 1; --left) step(0, No{}, No{}, tile, factor);
+      finish();
     }
     release(smem.key_empty());
     release(smem.value_empty());
@@ -229,7 +312,6 @@ __device__ __forceinline__ void consume(
     dquery_parity ^= 1;
     store_rows<kType, kD>(dkey, smem.dquery(consumer), 64 * 128, warp, lane, scale);
     hand_over();
-    if constexpr (kT.deterministic) ds_stage ^= 1;
     release(smem.tile_empty(tile_ring.stage));
     tile_ring.next();
   }

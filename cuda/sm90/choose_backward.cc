@@ -21,9 +21,10 @@ bool first_stores(const BackwardProblem& p, int32_t head_dim, bool masked) {
     return true;
   }
   // A group's add to the same sums besides, unless nobody waits: KeyTile::first_of_group.
-  const bool crowded = p.heads_q >= 4 * p.heads_kv || (head_dim == 128 && masked);
-  const int64_t few = head_dim == 128 ? 64 : 128;  // key tiles of a head
-  return p.seq_kv / 128 < (crowded ? few / 2 : few);
+  const bool grouped = p.heads_q >= 4 * p.heads_kv;
+  const int64_t tiles = p.seq_kv / 128;  // of a head
+  if (head_dim == 128) return tiles < (grouped ? 16 : masked ? 32 : 64);
+  return tiles < (grouped ? 64 : 128);
 }
 
 }  // namespace
@@ -40,9 +41,11 @@ void choose_tile(const BackwardProblem& p, BackwardPlan* plan) {
   const bool masked = has_masks(p) || p.seq_kv % 128 != 0;
   // Elsewhere a kernel for it would be no faster.
   const bool deterministic = p.deterministic && masked && plan->head_dim == 128;
-  // 80 query rows a step: 4 % faster from 8192 on, slower below. Made for whole panels.
-  const bool large = plan->head_dim == 128 && !masked && p.seq_q >= kLongRows &&
-                     p.head_dim == 128 && !p.dscale_rows;
+  // 80 query rows a step: 1 % faster at 1024 rows, 4 to 6 % at 2048 and beyond; in groups slower
+  // at 1024. Made for whole panels.
+  const int64_t enough = p.heads_q >= 4 * p.heads_kv ? 2 * kLongRows : kLongRows;
+  const bool large =
+      plan->head_dim == 128 && p.head_dim == 128 && !masked && p.seq_q >= enough && !p.dscale_rows;
   const bool first = first_stores(p, plan->head_dim, masked);
   const bool turns = pair && (first || p.deterministic);
   for (int i = 0; i < kBackwardTileCount; ++i) {
