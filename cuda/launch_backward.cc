@@ -53,6 +53,7 @@ int launch_backward(const BackwardProblem& problem, const BackwardPlan& plan, vo
                         divisor(w.rows_per_head / kRowPadding),
                         divisor(problem.heads_q),
                         divisor(plan.round),
+                        plan.sections_turn,
                         problem.heads_q / std::max(problem.heads_kv, 1)};
   void* arguments[] = {&params};
   // `early`: may begin, as far as it waits by itself, before the kernel before it has ended.

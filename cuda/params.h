@@ -75,8 +75,9 @@ struct BackwardParams {
   Divisor heads_kv;
   Divisor row_blocks;  // kRowPadding rows each, per query head
   Divisor heads_q;
-  Divisor round;  // of key tiles at work at once
-  int32_t group;  // query heads per key head
+  Divisor round;       // of key tiles at work at once
+  bool sections_turn;  // BackwardPlan
+  int32_t group;       // query heads per key head
 };
 
 }  // namespace flash2

@@ -97,15 +97,16 @@ struct BackwardPlan {
   bool general = false;
   int32_t tile_q = 0;
   int32_t tile_kv = 0;
-  int32_t stages = 0;         // pairs of Q and dO in shared memory
-  int32_t tiles_kv = 0;       // key tiles per head
-  int32_t section = 1;        // as in the forward, of key heads
-  int32_t round = INT32_MAX;  // sm90: key tiles at work at once, where the order of walks turns
-  uint32_t grid = 0;          // blocks of the main kernel; 0: no keys
-  uint32_t block = 0;         // its threads
-  uint32_t smem_bytes = 0;    // its shared memory
-  uint32_t rows_grid = 0;     // blocks of the kernels before and after it; 0: no queries
-  bool first_stores = false;  // BackwardParams
+  int32_t stages = 0;          // pairs of Q and dO in shared memory
+  int32_t tiles_kv = 0;        // key tiles per head
+  int32_t section = 1;         // as in the forward, of key heads
+  int32_t round = INT32_MAX;   // sm90: key tiles at work at once, where the order of walks turns
+  bool sections_turn = false;  // sm90: a section is one round, and walks turn from one to the next
+  uint32_t grid = 0;           // blocks of the main kernel; 0: no keys
+  uint32_t block = 0;          // its threads
+  uint32_t smem_bytes = 0;     // its shared memory
+  uint32_t rows_grid = 0;      // blocks of the kernels before and after it; 0: no queries
+  bool first_stores = false;   // BackwardParams
   bool transposed_sums = false;
   bool finish_inside = false;  // no kernel after it: the main kernel makes dQ from its sums
   BackwardWorkspace workspace;

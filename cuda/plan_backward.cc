@@ -110,6 +110,7 @@ BackwardPlan plan_backward(const Device& device, const BackwardProblem& p, int32
       // tile, not for their turn, lose nothing by it.)
       const bool waits = p.deterministic || (plan.first_stores && plan.head_dim < 256);
       if (!waits || grouped) plan.round = sm90::round(device, plan);
+      plan.sections_turn = grouped && !p.deterministic && sm90::few_tiles(device, plan);
     }
   }
   return plan;

@@ -9,7 +9,8 @@
 // many tiles as are at work at once. Those of the second begin one by one as the first ones end,
 // the shortest first, and take the longest of what is left, so they all end together: they go from
 // the first query tile, at the diagonal, to the last, and thereby meet. So on in turn, where the
-// plan wants it (BackwardPlan::round).
+// plan wants it (BackwardPlan::round), in each section anew or, where a section is one round, from
+// section to section.
 //
 // A tile waits for the sums of such alone as have a smaller number, hence started before it: the
 // order of its own walk is free.
@@ -43,8 +44,9 @@ struct KeyTile {
   Visibility visibility;
 
   __device__ __forceinline__ KeyTile(const BackwardParams& params, uint32_t number)
-      : KeyTile(params, SectionPlace(number, params.tiles_kv, params.heads, params.section,
-                                     params.section_tiles)) {}
+      : KeyTile(params, number,
+                SectionPlace(number, params.tiles_kv, params.heads, params.section,
+                             params.section_tiles)) {}
 
   __device__ __forceinline__ int first_key() const { return block * kKeys; }
   __device__ __forceinline__ int steps() const { return end - begin; }
@@ -84,7 +86,8 @@ struct KeyTile {
   }
 
  private:
-  __device__ __forceinline__ KeyTile(const BackwardParams& params, const SectionPlace& at)
+  __device__ __forceinline__ KeyTile(const BackwardParams& params, uint32_t number,
+                                     const SectionPlace& at)
       : block(at.turn),
         batch(params.heads_kv.divide(at.head)),
         head_kv(at.head - batch * params.problem.heads_kv),
@@ -93,7 +96,9 @@ struct KeyTile {
     const BackwardProblem& p = params.problem;
     if (p.scale_operand.data) scale *= p.scale_operand.at(batch);
     q_length = p.seq_q;
-    upward = kMasked && params.round.divide(at.place) % 2 == 1;
+    const uint32_t rounds_before =
+        params.sections_turn ? params.section_tiles.divide(number) : params.round.divide(at.place);
+    upward = kMasked && rounds_before % 2 == 1;
     begin = whole_begin = 0;
     end = whole_end = (p.seq_q + kTileQ - 1) / kTileQ;
     if constexpr (kMasked) {

@@ -27,6 +27,9 @@ bool first_stores(const BackwardProblem& p, int32_t head_dim, bool masked) {
   return tiles < (grouped ? 64 : 128);
 }
 
+// Some eight tiles of a head at work at once share its Q and dO, and wait little for their turn.
+int64_t most_of_few(int64_t workers) { return std::max<int64_t>(workers / 8, 1); }
+
 }  // namespace
 
 bool serves(const Device& device, const BackwardProblem& p) {
@@ -78,14 +81,15 @@ bool finishes_inside(const BackwardProblem& p, const BackwardPlan& plan) {
 
 int32_t section(const Device& device, const BackwardPlan& plan, int64_t heads, int64_t cached,
                 bool grouped, bool deterministic) {
-  const int64_t workers = device.num_sms / kBackwardTiles[plan.variant].blocks;
+  const int64_t workers = round(device, plan);
   const int64_t tiles = plan.tiles_kv;
-  // Some eight tiles of a head at work at once share its Q and dO, and wait little for their turn.
-  const int64_t eighth = std::max<int64_t>(workers / 8, 1);
+  const int64_t eighth = most_of_few(workers);
   int64_t target;
-  // All of a head's tiles at once; but of groups two rounds, the second of which meets too.
-  if (tiles <= eighth && (!grouped || deterministic)) {
-    target = std::max(eighth, (workers + tiles / 2) / tiles);
+  if (few_tiles(device, plan)) {
+    // All of a head's tiles at once. Of groups no more than that: Q, dO and sums of dQ of eight
+    // heads are then brought once for all of its tiles, not once for each round of them.
+    target = (workers + tiles / 2) / tiles;
+    if (!grouped || deterministic) target = std::max(eighth, target);
   } else {
     // The longest tile should not take longer than a worker's share of the section, of which the
     // mean tile is half as long: else the last section ends with one tile.
@@ -104,6 +108,10 @@ int32_t section(const Device& device, const BackwardPlan& plan, int64_t heads, i
     if (better > 0 || (better == 0 && nearer)) best = size;
   }
   return static_cast<int32_t>(best);
+}
+
+bool few_tiles(const Device& device, const BackwardPlan& plan) {
+  return plan.tiles_kv <= most_of_few(round(device, plan));
 }
 
 int32_t round(const Device& device, const BackwardPlan& plan) {

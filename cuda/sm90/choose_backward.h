@@ -20,6 +20,9 @@ bool finishes_inside(const BackwardProblem& problem, const BackwardPlan& plan);
 int32_t section(const Device& device, const BackwardPlan& plan, int64_t heads, int64_t cached,
                 bool grouped, bool deterministic);
 
+// Whether a head has so few tiles that those of several are at work at once.
+bool few_tiles(const Device& device, const BackwardPlan& plan);
+
 // Key tiles that are at work at once.
 int32_t round(const Device& device, const BackwardPlan& plan);
 

@@ -174,10 +174,10 @@ CASE(backward_on_hopper_walks_heads_in_like_sections) {
   // All tiles of a short head at once.
   CHECK(section(128, 512, 512) == 32 && section(128, 1024, 256) == 16, section(128, 512, 512));
   CHECK(section(256, 1024, 128) == 8, section(256, 1024, 128));
-  // But of groups two rounds of tiles.
-  CHECK(section(256, 1024, 16, 8) == 16 && section(256, 512, 64, 8) == 32, "groups of 8");
-  CHECK(section(128, 1024, 32, 8) == 32 && section(64, 1024, 128, 8) == 32, "groups of 8");
-  CHECK(section(256, 1024, 16, 8, true) == 8, "in turn");
+  // Of groups too, and never two rounds.
+  CHECK(section(256, 1024, 16, 8) == 8 && section(256, 512, 64, 8) == 16, "groups of 8");
+  CHECK(section(128, 1024, 32, 8) == 16 && section(64, 2048, 128, 8) == 8, "groups of 8");
+  CHECK(section(128, 2048, 128, 8, true) == 16, "in turn");
   // Where they wait for their turn, few of a head.
   CHECK(section(128, 8192, 32, 1, true) == 16, section(128, 8192, 32, 1, true));
   // The last section ends with one tile if it is smaller than the others.
@@ -190,6 +190,21 @@ CASE(backward_on_hopper_walks_heads_in_like_sections) {
   }
   BackwardProblem p = problem(128, 512, 512, 32, 16, 16);
   CHECK(plan_backward(kH100, p).section == 1, "");
+}
+
+// Every second section of a group walks the other way, where a section is one round.
+CASE(backward_on_hopper_turns_from_section_to_section) {
+  const auto turns = [](int32_t seq, int32_t group, bool causal, bool deterministic) {
+    BackwardProblem p = problem(128, seq, seq, 1, 16, 16 / group);
+    p.is_causal = causal;
+    p.deterministic = deterministic;
+    return plan_backward(kH100, p).sections_turn;
+  };
+  CHECK(turns(512, 8, true, false) && turns(2048, 2, true, false), "groups");
+  CHECK(!turns(2049, 8, true, false), "several rounds of a head");
+  CHECK(!turns(512, 1, true, false), "no groups");
+  CHECK(!turns(512, 8, true, true), "in turn");
+  CHECK(!turns(512, 8, false, false), "tiles of one length");
 }
 
 // Every second round of tiles walks the other way.
