@@ -18,6 +18,11 @@ __device__ __forceinline__ uint32_t opaque(uint32_t value) {
   return value;
 }
 
+__device__ __forceinline__ int64_t opaque(int64_t value) {
+  asm volatile("" : "+l"(value));
+  return value;
+}
+
 // Tests build with JAX_FLASH2_PERTURB: warps then sleep for up to 2 us, by the clock, wherever
 // they wait for others, so that what depends on their order shows. Not where single lanes arrive:
 // a sleep in a branch makes the assembler serialise wgmma (C7520).

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "ptx/cluster.cuh"
 #include "ptx/common.cuh"
@@ -41,7 +42,7 @@ struct Consumer {
   // Of the present tile.
   RowScores<kTile, kType> rows;
   bool pending = false;  // the tile before has yet to be stored
-  Output<kType, kT.packs()> output;
+  Output<kType, kT.packs(), kT.out_lanes()> output;
   float norm[2];
 
   __device__ __forceinline__ void run() {
@@ -58,9 +59,9 @@ struct Consumer {
     rows.start(params.problem, schedule, work, first_row());
     ptx::wgmma_wait<0>();
     ptx::pin(s);
-    first_step(work, s);
+    first_step(work, s, probabilities);
     for (;;) {
-      rows.pack(probabilities, s);
+      if (!kT.ends_first()) rows.pack(probabilities, s);
       if constexpr (kT.masked) clear_values_past_length(work);
 
       // Scores of this step's block, output of the block before.
@@ -94,12 +95,12 @@ struct Consumer {
         join(work, o, probabilities);
         return;
       }
-      const Work next = take_tile();
-      q_ring.next();
-      if constexpr (kT.q_stages == 1 && !kT.pairs) {
+      if constexpr (kT.ends_first()) {
         // The next Q begins to come now that this one's place is free: what is left to do of this
-        // tile does not wait for it.
+        // tile does not wait for it, nor for the next tile's record.
         multiply_pv(o, probabilities);
+        const Work next = take_tile();
+        q_ring.next();
         finish(work);
         ptx::wgmma_wait<0>();
         ptx::pin(o);
@@ -113,8 +114,11 @@ struct Consumer {
         rows.start(params.problem, schedule, next, first_row());
         ptx::wgmma_wait<0>();
         ptx::pin(s);
-        first_step(next, s);
+        first_step(next, s, probabilities);
+        work = next;
       } else {
+        const Work next = take_tile();
+        q_ring.next();
         // The last output beside the first scores of the next tile. After the last tile these are
         // computed of what is left in shared memory, and nobody reads them.
         wait_for_first(next);
@@ -123,7 +127,7 @@ struct Consumer {
         rows.start(params.problem, schedule, next, first_row());
         ptx::wgmma_wait<1>();
         ptx::pin(s);
-        if (next.exists) first_step(next, s);
+        if (next.exists) first_step(next, s, probabilities);
         ptx::wgmma_wait<0>();
         ptx::pin(o);
         ptx::pin(s);
@@ -131,8 +135,8 @@ struct Consumer {
         pending = true;
         if (!kT.store_late) store(o);
         if (!next.exists) break;
+        work = next;
       }
-      work = next;
     }
     store(o);
     if constexpr (kT.pairs) {  // nobody leaves while the peer may still arrive at its barriers
@@ -266,15 +270,23 @@ struct Consumer {
 
   __device__ __forceinline__ void finish(const Work& work) {
     const ForwardProblem& p = params.problem;
-    const bool has_sink = p.sinks.data != nullptr;
-    output = Output<kType, kT.packs()>(p, schedule, work, first_row());
+    output = {p, schedule, work, first_row()};
     float lse[2];
+    // One branch for both rows, so that their chains run side by side without sinks.
+    const auto finish_rows = [&](auto has_sink) {
+      constexpr bool kHasSink = decltype(has_sink)::value;
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const RowPlace<kT.packs()> row(schedule, work, first_row() + 8 * r);
-      const float sink = has_sink && row.exists(p) ? p.sinks.at(work.batch, row.head) : 0.0f;
-      norm[r] = rows.online.finish(r, row.position < work.q_length, rows.factor, has_sink, sink,
-                                   &lse[r]);
+      for (int r = 0; r < 2; ++r) {
+        const RowPlace<kT.packs()> row(schedule, work, first_row() + 8 * r);
+        const float sink = kHasSink && row.exists(p) ? p.sinks.at(work.batch, row.head) : 0.0f;
+        norm[r] = rows.online.finish(r, row.position < work.q_length, rows.factor, kHasSink, sink,
+                                     &lse[r]);
+      }
+    };
+    if (p.sinks.data != nullptr) {
+      finish_rows(std::true_type{});
+    } else {
+      finish_rows(std::false_type{});
     }
     output.store_lse(p, schedule, lse);
   }
@@ -299,9 +311,11 @@ struct Consumer {
   }
 
   // A tile's first scores become exponentials.
-  __device__ __forceinline__ void first_step(const Work& work, Scores& s) {
+  __device__ __forceinline__ void first_step(const Work& work, Scores& s,
+                                             uint32_t (&probabilities)[kTileKv / 16][4]) {
     if (!kT.pairs && work.steps == 1) release_q();
-    rows.exponentiate_first(s, work.first_key<kTileKv>(0), [&](float sum) { release_k(sum); });
+    rows.exponentiate_first(s, probabilities, work.first, schedule.zero,
+                            [&](float sum) { release_k(sum); });
   }
 
   // --- Corrections in shared memory, which few calls need
@@ -319,8 +333,8 @@ struct Consumer {
   // Keys past kv_length are masked, but their V is multiplied by 0, and it may hold NaN. Only the
   // first block of a tile can hold such keys; past the array TMA itself gives zeros.
   __device__ __forceinline__ void clear_values_past_length(const Work& work) {
-    const int length = work.visibility.kv_length;
-    const int first = length - work.first_key<kTileKv>(0);
+    const int length = work.bounds.kv_length;
+    const int first = length - work.first;
     if (length == params.problem.seq_kv || first <= 0 || first >= kTileKv) return;
     ptx::mbarrier_wait(smem.v_full(v_ring.stage), v_ring.parity);
     for (int i = 8 * first + 128 * consumer + 32 * warp + lane; i < 8 * kTileKv;

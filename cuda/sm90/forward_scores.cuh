@@ -37,13 +37,9 @@ struct RowScores {
     online = OnlineSoftmax<2>();
     factor = score_factor(work.scale);
     if constexpr (kT.masked) {
-#pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        const int position = RowPlace<kT.packs()>(schedule, work, row + 8 * r).position;
-        const Interval keys = work.visibility.row(p, position);
-        row_begin[r] = keys.begin;
-        row_end[r] = keys.end;
-      }
+      const RowPlace<kT.packs()> places[2] = {{schedule, work, row}, {schedule, work, row + 8}};
+      const int positions[2] = {places[0].position, places[1].position};
+      work.bounds.find(p, positions, row_begin, row_end);
       warp_begin = __shfl_sync(~0u, row_begin[1], 31);  // both ends rise with the row
       warp_end = __shfl_sync(~0u, row_end[0], 0);
     } else {
@@ -87,9 +83,14 @@ struct RowScores {
 
   // The same of a tile's first block, which it also masks. What lies above all keys that the
   // warp's rows see costs nothing, part by part: on a diagonal more than a third of the block.
-  // Three consumers have no registers for it.
+  // Three consumers have no registers for it. `zero` is 0, but the compiler must not know: a plain
+  // 0 it would write before it branches, thus to other registers than the score's, and then move
+  // all of a block's scores to where the others are.
   template <class Between>
-  __device__ __forceinline__ void exponentiate_first(Scores& s, int first_key, Between between) {
+  __device__ __forceinline__ void exponentiate_first(Scores& s,
+                                                     uint32_t (&probabilities)[kTileKv / 16][4],
+                                                     int first_key, uint32_t zero,
+                                                     Between between) {
     constexpr int kPart = kT.consumers == 3 ? kTileKv : kTileKv % 32 == 0 ? 32 : kTileKv / 2;
     constexpr int kParts = kTileKv / kPart;
     int seen = kTileKv;
@@ -110,9 +111,13 @@ struct RowScores {
       const int begin = part * kPart;
       if (begin < seen) {
         sums.add(s, begin / 8, (begin + kPart) / 8);
+        if constexpr (kT.ends_first()) pack(probabilities, s, begin, begin + kPart);
+      } else if constexpr (kT.ends_first()) {
+#pragma unroll
+        for (int i = begin / 4; i < (begin + kPart) / 4; ++i) probabilities[i / 4][i % 4] = 0;
       } else {
 #pragma unroll
-        for (int i = begin / 2; i < (begin + kPart) / 2; ++i) s[i] = 0.0f;
+        for (int i = begin / 2; i < (begin + kPart) / 2; ++i) s[i] = zero != 0 ? s[i] : 0.0f;
       }
       if (part == 0) between(sums.odd[0] + sums.odd[1]);
     }
@@ -128,10 +133,11 @@ struct RowScores {
     ptx::pin(o);
   }
 
+  // Of columns [begin, end).
   __device__ __forceinline__ static void pack(uint32_t (&probabilities)[kTileKv / 16][4],
-                                              const Scores& s) {
+                                              const Scores& s, int begin = 0, int end = kTileKv) {
 #pragma unroll
-    for (int i = 0; i < kTileKv / 4; ++i) {
+    for (int i = begin / 4; i < end / 4; ++i) {
       probabilities[i / 4][i % 4] = ptx::pack<kType>(s[2 * i], s[2 * i + 1]);
     }
   }

@@ -1,8 +1,8 @@
 // From the registers of a warp to the arrays: out and logsumexp.
 //
 // Straight to global memory: shared memory would need a buffer that the tiles of 128 and 256 have
-// no room for, and waits. A quad of lanes exchanges its words first, so that each lane has 16
-// bytes of a row and a quad 64.
+// no room for, and waits. Lanes exchange words first, two or four of them, so that each has 8 or
+// 16 bytes of a row and a quad 32, a sector, or 64.
 #pragma once
 
 #include <cstdint>
@@ -14,13 +14,14 @@
 
 namespace flash2::sm90 {
 
-// Word i of lane q becomes word q of lane i, inside each quad.
-__device__ __forceinline__ void transpose_quad(uint32_t (&w)[4]) {
+// Word i of lane q becomes word q of lane i, inside each kLanes of a quad.
+template <int kLanes>
+__device__ __forceinline__ void transpose(uint32_t (&w)[kLanes]) {
 #pragma unroll
-  for (int bit = 1; bit <= 2; bit *= 2) {
+  for (int bit = 1; bit < kLanes; bit *= 2) {
     const bool upper = threadIdx.x & bit;
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
+    for (int i = 0; i < kLanes; ++i) {
       if (i & bit) continue;
       const uint32_t got = __shfl_xor_sync(~0u, upper ? w[i] : w[i | bit], bit);
       (upper ? w[i] : w[i | bit]) = got;
@@ -48,8 +49,8 @@ struct RowPlace {
   }
 };
 
-// Rows `row` and row + 8 of a tile, as a thread holds them.
-template <DataType kType, bool kPacks>
+// Rows `row` and row + 8 of a tile, as a thread holds them. kLanes exchange words.
+template <DataType kType, bool kPacks, int kLanes>
 class Output {
  public:
   Output() = default;
@@ -60,10 +61,15 @@ class Output {
     if (kPacks) {
       left_ = place.exists(p) + 8 * other.exists(p);
     }
-    out_ = static_cast<char*>(p.out) +
-           2 * (work.batch * p.out_stride.batch + place.head * p.out_stride.head +
-                place.position * p.out_stride.row + 8 * (threadIdx.x % 4));
+    out_ = 2 * (work.batch * p.out_stride.batch + place.head * p.out_stride.head +
+                place.position * p.out_stride.row + first_column());
     lse_ = (int64_t{work.batch} * p.heads_q + place.head) * p.seq_q + place.position;
+    if constexpr (kPacks) {
+      // Here, beside the products, and not where they are used, as the compiler would have it. For
+      // three consumers, which do not pack, it would spill.
+      out_ = ptx::opaque(out_);
+      lse_ = ptx::opaque(lse_);
+    }
   }
 
   // Column 8 j + 2 (lane % 4) + i of row r is o[4 j + 2 r + i] * norm[r]; 0 where norm is 0,
@@ -77,20 +83,25 @@ class Output {
     }
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      char* target = out_ + 2 * r * to_other_row(schedule, p.out_stride.row, p.out_stride.head);
-      const int columns = 8 * r < left_ ? p.head_dim_v - 8 * (threadIdx.x % 4) : 0;
+      char* target = static_cast<char*>(p.out) + out_ +
+                     2 * r * to_other_row(schedule, p.out_stride.row, p.out_stride.head);
+      const int columns = 8 * r < left_ ? p.head_dim_v - first_column() : 0;
 #pragma unroll
-      for (int group = 0; group < kRegisters / 16; ++group) {
-        uint32_t words[4];
+      for (int block = 0; block < kRegisters / 4; block += kLanes) {
+        uint32_t words[kLanes];
 #pragma unroll
-        for (int j = 0; j < 4; ++j) {
-          const float* pair = &o[4 * (4 * group + j) + 2 * r];
+        for (int j = 0; j < kLanes; ++j) {
+          const float* pair = &o[4 * (block + j) + 2 * r];
           words[j] = ptx::pack<kType>(pair[0] * norm[r], pair[1] * norm[r]);
         }
-        transpose_quad(words);
-        if (32 * group < columns) {
-          *reinterpret_cast<uint4*>(target + 64 * group) =
-              uint4{words[0], words[1], words[2], words[3]};
+        transpose(words);
+        if (8 * block < columns) {
+          if constexpr (kLanes == 2) {
+            *reinterpret_cast<uint2*>(target + 16 * block) = uint2{words[0], words[1]};
+          } else {
+            *reinterpret_cast<uint4*>(target + 16 * block) =
+                uint4{words[0], words[1], words[2], words[3]};
+          }
         }
       }
     }
@@ -107,6 +118,14 @@ class Output {
   }
 
  private:
+  static_assert(kLanes == 2 || kLanes == 4);
+
+  // What the lane has of the first kLanes blocks of columns: 2 kLanes of one of them.
+  static __device__ __forceinline__ int first_column() {
+    const int lane = threadIdx.x % 4;
+    return 8 * (lane % kLanes) + 2 * (lane / kLanes * kLanes);
+  }
+
   // 8 rows of the tile on is 8 heads on, or as many positions as 8 rows hold.
   static __device__ __forceinline__ int64_t to_other_row(const ForwardSchedule& schedule,
                                                          int64_t row, int64_t head) {
@@ -115,7 +134,7 @@ class Output {
   }
 
   int left_;  // rows from the first on that exist; 1 and 9 stand for all that matters
-  char* out_;
+  int64_t out_;
   int64_t lse_;
 };
 

@@ -35,9 +35,17 @@ struct ForwardTile {
   // Whether a tile may hold several query heads of a key head. The others have no registers for it
   // (head_dim 64, three consumers) or no masks, and where heads are packed copies take the time.
   FLASH2_HOST_DEVICE constexpr bool packs() const { return masked && consumers <= 2; }
+  // Whether a tile's last P V and its end come before the next tile's first Q K^T: with one place
+  // for Q. Where there are two it loses up to 3 %.
+  FLASH2_HOST_DEVICE constexpr bool ends_first() const {
+    return q_stages == 1 && !pairs && !joins;
+  }
   // Whether the next tile's Q is called into the L2 cache as soon as that tile is known. It gained
   // 2 to 4 % at length 512 without masks, and lost up to 9 % with them and at head_dim 256.
   FLASH2_HOST_DEVICE constexpr bool prefetches_q() const { return !masked && head_dim < 256; }
+  // Lanes that exchange words of the output. Two take half the instructions and write 32 bytes of
+  // a row at a time, which gains 1 to 2 % up to length 1024 and loses as much at head_dim 256.
+  FLASH2_HOST_DEVICE constexpr int out_lanes() const { return head_dim < 256 ? 2 : 4; }
   FLASH2_HOST_DEVICE constexpr int tile_q() const { return 64 * consumers; }
   FLASH2_HOST_DEVICE constexpr int blocks_per_sm() const { return consumers == 1 ? 2 : 1; }
   FLASH2_HOST_DEVICE constexpr int threads() const { return 128 * (consumers + 1); }

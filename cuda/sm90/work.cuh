@@ -13,8 +13,50 @@
 
 namespace flash2::sm90 {
 
+// Visibility::row with what all rows of a tile have in common computed once. A bound that the call
+// lacks lies out of reach, so that only chunks take a branch.
+struct RowBounds {
+  static constexpr int kFar = 1 << 30;  // added to a position it is past all keys, and fits
+  static_assert(kFar > 2 * kMaxPosition);
+
+  int left, right;  // a row sees keys from position + left on, and below position + right,
+  int diagonal;     // below the larger of position + diagonal
+  int prefix;       // and prefix,
+  int kv_length;    // and below it
+  int offset;       // of positions, for chunks
+
+  RowBounds() = default;
+  __device__ __forceinline__ RowBounds(const Problem& p, const Visibility& visibility)
+      : left(p.window_left != kUnbounded ? visibility.offset - p.window_left : -kFar),
+        right(p.window_right != kUnbounded ? visibility.offset + p.window_right + 1 : kFar),
+        diagonal(p.is_causal ? visibility.offset + 1 : kFar),
+        prefix(visibility.prefix),
+        kv_length(visibility.kv_length),
+        offset(visibility.offset) {}
+
+  // Of the query rows at the positions.
+  template <int kRows>
+  __device__ __forceinline__ void find(const Problem& p, const int (&positions)[kRows],
+                                       int (&begin)[kRows], int (&end)[kRows]) const {
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      begin[r] = max(positions[r] + left, 0);
+      end[r] = min(positions[r] + right, max(positions[r] + diagonal, prefix));
+      end[r] = min(end[r], kv_length);
+    }
+    if (p.chunk_size > 0) {
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) {
+        const int first = floor_multiple(positions[r] + offset, p.chunk_size);
+        begin[r] = max(begin[r], first);
+        end[r] = min(end[r], first + p.chunk_size);
+      }
+    }
+  }
+};
+
 struct Work {
-  static constexpr int kBytes = 64;
+  static constexpr int kBytes = 80;
 
   int exists;  // 0: there are no more tiles
   int batch;
@@ -29,7 +71,8 @@ struct Work {
   int top;
   int whole_bottom;
   int whole_top;
-  Visibility visibility;
+  RowBounds bounds;
+  int first;  // key of step 0
 
   template <int kTile>
   static __device__ __forceinline__ Work find(const ForwardParams& params,
@@ -52,7 +95,7 @@ struct Work {
     work.q_length = found.q_length;
     work.scale = p.scale;
     if (p.scale_operand.data) work.scale *= p.scale_operand.at(found.batch);
-    work.visibility = found.visibility;
+    if constexpr (kT.masked) work.bounds = RowBounds(p, found.visibility);
     work.steps = found.range.total;
     work.masked = found.range.masked();
     work.upper = found.range.upper;
@@ -71,6 +114,7 @@ struct Work {
       work.steps = work.masked = work.upper = 1;
       work.top = p.seq_kv / kT.tile_kv + 2;
     }
+    work.first = work.first_key<kT.tile_kv>(0);
     return work;
   }
 
@@ -87,34 +131,40 @@ struct Work {
       const auto word = [](int x) { return static_cast<uint32_t>(x); };
       ptx::store_shared_16(address + 16 * i, uint4{word(a), word(b), word(c), word(d)});
     };
-    put(0, exists, batch, head, head_kv);
-    put(1, row0, q_length, __float_as_int(scale), steps);
+    put(0, exists, batch, head, steps);
+    put(1, row0, q_length, __float_as_int(scale), first);
     put(2, masked, upper, top, whole_bottom);
-    put(3, whole_top, visibility.offset, visibility.prefix, visibility.kv_length);
+    put(3, whole_top, head_kv, bounds.kv_length, bounds.offset);
+    put(4, bounds.left, bounds.right, bounds.diagonal, bounds.prefix);
   }
 
   static __device__ __forceinline__ Work load(uint32_t address) {
     const uint4 a = ptx::load_shared_16(address), b = ptx::load_shared_16(address + 16),
-                c = ptx::load_shared_16(address + 32), d = ptx::load_shared_16(address + 48);
+                c = ptx::load_shared_16(address + 32), d = ptx::load_shared_16(address + 48),
+                e = ptx::load_shared_16(address + 64);
     // What rules loops and branches, uniform for the compiler too.
     const auto same = [](uint32_t x) { return static_cast<int>(__shfl_sync(~0u, x, 0)); };
     Work work;
     work.exists = same(a.x);
     work.batch = a.y;
     work.head = a.z;
-    work.head_kv = a.w;
+    work.steps = same(a.w);
     work.row0 = b.x;
     work.q_length = b.y;
     work.scale = __uint_as_float(b.z);
-    work.steps = same(b.w);
+    work.first = same(b.w);
     work.masked = same(c.x);
     work.upper = same(c.y);
     work.top = same(c.z);
     work.whole_bottom = same(c.w);
     work.whole_top = same(d.x);
-    work.visibility.offset = d.y;
-    work.visibility.prefix = d.z;
-    work.visibility.kv_length = d.w;
+    work.head_kv = d.y;
+    work.bounds.kv_length = d.z;
+    work.bounds.offset = d.w;
+    work.bounds.left = e.x;
+    work.bounds.right = e.y;
+    work.bounds.diagonal = e.z;
+    work.bounds.prefix = e.w;
     return work;
   }
 };
