@@ -72,6 +72,48 @@ struct Visibility {
   }
 };
 
+// Visibility::row with what all rows of a tile have in common computed once. A bound that the call
+// lacks lies out of reach, so that only chunks take a branch.
+struct RowBounds {
+  static constexpr int kFar = 1 << 30;  // added to a position it is past all keys, and fits
+  static_assert(kFar > 2 * kMaxPosition);
+
+  int left, right;  // a row sees keys from position + left on, and below position + right,
+  int diagonal;     // below the larger of position + diagonal
+  int prefix;       // and prefix,
+  int kv_length;    // and below it
+  int offset;       // of positions, for chunks
+
+  RowBounds() = default;
+  __device__ __forceinline__ RowBounds(const Problem& p, const Visibility& visibility)
+      : left(p.window_left != kUnbounded ? visibility.offset - p.window_left : -kFar),
+        right(p.window_right != kUnbounded ? visibility.offset + p.window_right + 1 : kFar),
+        diagonal(p.is_causal ? visibility.offset + 1 : kFar),
+        prefix(visibility.prefix),
+        kv_length(visibility.kv_length),
+        offset(visibility.offset) {}
+
+  // Of the query rows at the positions.
+  template <int kRows>
+  __device__ __forceinline__ void find(const Problem& p, const int (&positions)[kRows],
+                                       int (&begin)[kRows], int (&end)[kRows]) const {
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      begin[r] = max(positions[r] + left, 0);
+      end[r] = min(positions[r] + right, max(positions[r] + diagonal, prefix));
+      end[r] = min(end[r], kv_length);
+    }
+    if (p.chunk_size > 0) {
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) {
+        const int first = floor_multiple(positions[r] + offset, p.chunk_size);
+        begin[r] = max(begin[r], first);
+        end[r] = min(end[r], first + p.chunk_size);
+      }
+    }
+  }
+};
+
 // The blocks of kTileKv keys that rows [first, last] need, in the order in which they are visited:
 // first those that cut some row's interval, from the top down, then those that every row sees
 // whole, likewise.
