@@ -18,7 +18,7 @@ __device__ __forceinline__ uint32_t opaque(uint32_t value) {
   return value;
 }
 
-__device__ __forceinline__ int64_t opaque(int64_t value) {
+__device__ __forceinline__ int64_t opaque_wide(int64_t value) {
   asm volatile("" : "+l"(value));
   return value;
 }

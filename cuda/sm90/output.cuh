@@ -67,8 +67,8 @@ class Output {
     if constexpr (kPacks) {
       // Here, beside the products, and not where they are used, as the compiler would have it. For
       // three consumers, which do not pack, it would spill.
-      out_ = ptx::opaque(out_);
-      lse_ = ptx::opaque(lse_);
+      out_ = ptx::opaque_wide(out_);
+      lse_ = ptx::opaque_wide(lse_);
     }
   }
 
