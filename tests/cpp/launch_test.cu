@@ -2,7 +2,7 @@
 // compute-sanitizer: exact allocations, outputs full of NaN before, and every element of them
 // written after.
 //
-//   launch_test                  all problems; prints their number
+//   launch_test                  all problems; prints their names and their number
 //   launch_test --part I N [T]   every N-th of them, from the I-th on; T times each
 //   launch_test --only NAME [T]  the one of that name; prints all names where none is that
 //   launch_test --plant TOOL     a kernel with the fault that memcheck, racecheck or synccheck
@@ -371,6 +371,8 @@ int main(int argc, char** argv) {
   require(0 <= part && part < parts, "--part I N must have 0 <= I < N");
   int done = 0;
   for (size_t i = part; i < all.size(); i += parts, ++done) {
+    std::printf("%s\n", all[i].name().c_str());  // what a tool says next is about it
+    std::fflush(stdout);
     for (int t = 0; t < times; ++t) run(device, all[i]);
   }
   std::printf("%d problems\nresults %016llx\n", done, static_cast<unsigned long long>(results));

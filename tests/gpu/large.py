@@ -21,18 +21,17 @@ import numpy as np
 from compare import assert_bitwise_equal
 from jax_flash2 import flash_attention
 
-_LOCK = Path(tempfile.gettempdir()) / "jax_flash2_large_tests"
 
+def alone(kind: str, check: Callable[..., None], *arguments: Any) -> None:
+    """``check(*arguments)``, a function of a module, in a new process, one of a kind at a time.
 
-def alone(check: Callable[..., None], *arguments: Any) -> None:
-    """``check(*arguments)``, a function of a module, in a new process, one at a time.
-
-    One of all processes of pytest-xdist: two large calls side by side are too large. Its
+    One of all processes of pytest-xdist: two of the largest side by side are too large. Its
     environment is the caller's, since importing this module already starts XLA.
     """
+    path = Path(tempfile.gettempdir()) / f"jax_flash2_large_tests_{kind}"
     spawn = multiprocessing.get_context("spawn")
     takes_what_is_needed = {"XLA_PYTHON_CLIENT_ALLOCATOR": "platform"}
-    with _LOCK.open("w") as lock, mock.patch.dict(os.environ, takes_what_is_needed):
+    with path.open("w") as lock, mock.patch.dict(os.environ, takes_what_is_needed):
         fcntl.flock(lock, fcntl.LOCK_EX)
         with ProcessPoolExecutor(1, spawn) as pool:
             pool.submit(check, *arguments).result()

@@ -371,17 +371,17 @@ LARGE = (2**18 + 128, 64, 64, 128)  # rows, rows of the other side, heads, head_
 @pytest.mark.first
 @each_family
 def test_more_than_2_31_elements_of_query(family):
-    large.alone(large.many_queries, family, *LARGE)
+    large.alone("elements", large.many_queries, family, *LARGE)
 
 
 @pytest.mark.first
 @each_family
 def test_more_than_2_31_elements_of_key_and_value(family):
-    large.alone(large.many_keys, family, *LARGE)
+    large.alone("elements", large.many_keys, family, *LARGE)
 
 
 @pytest.mark.first
 @pytest.mark.parametrize(("batch", "heads"), [(71280, 1), (1, 71280), (8300, 16)])
 @each_family
 def test_more_heads_than_a_grid_axis_holds(batch, heads, family):
-    large.alone(large.many_heads, family, batch, heads)
+    large.alone("heads", large.many_heads, family, batch, heads)
