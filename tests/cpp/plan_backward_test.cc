@@ -177,6 +177,7 @@ CASE(backward_on_hopper_walks_heads_in_like_sections) {
   // Of groups too, and never two rounds.
   CHECK(section(256, 1024, 16, 8) == 8 && section(256, 512, 64, 8) == 16, "groups of 8");
   CHECK(section(128, 1024, 32, 8) == 16 && section(64, 2048, 128, 8) == 8, "groups of 8");
+  CHECK(section(256, 1024, 16, 8, true) == 8, "in turn");
   CHECK(section(128, 2048, 128, 8, true) == 16, "in turn");
   // Where they wait for their turn, few of a head.
   CHECK(section(128, 8192, 32, 1, true) == 16, section(128, 8192, 32, 1, true));

@@ -10,7 +10,7 @@ import re
 import shutil
 import subprocess
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -67,7 +67,7 @@ def sanitize(tool: str, *command: str) -> tuple[int, str]:
     return int(found[-1]), text
 
 
-def brief(texts: Iterable[str]) -> str:
+def brief(texts: Sequence[str]) -> str:
     """What a tool said: each thing once, how often, and in which problem first."""
     counts: Counter[str] = Counter()
     first: dict[str, str] = {}
@@ -83,7 +83,7 @@ def brief(texts: Iterable[str]) -> str:
                 counts[said] += 1
                 first.setdefault(said, problem)
     lines = [f"{n} x {said}, first in: {first[said]}" for said, n in counts.items()]
-    return "\n".join(lines[:200])
+    return "\n".join([*lines[:200], "the first part ends:", texts[0][-1500:]])
 
 
 @pytest.mark.parametrize("tool", TOOLS)
@@ -99,7 +99,8 @@ def test_kernels_are_clean(tool, program, facts):
         commands = [(tool, program, "--part", str(i), str(PARTS)) for i in range(PARTS)]
         found = list(pool.map(lambda command: sanitize(*command), commands))
     facts("sanitizer", tool, "findings", sum(count for count, _ in found))
-    assert sum(count for count, _ in found) == 0, brief(text for _, text in found)
+    wrong = [text for count, text in found if count]
+    assert not wrong, brief(wrong)
     for _, text in found:
         assert re.search(r"^\d+ problems$", text, re.MULTILINE), text[-3000:]
 
