@@ -305,6 +305,7 @@ __device__ __forceinline__ void consume(
     // dV goes to this consumer's panels of dS once nobody reads dS any more, dK to the place of
     // its dQ; the storer sends them off.
     const float scale = tile.scale;
+    ptx::mbarrier_arrive(smem.tile_empty(tile_ring.stage));
     ptx::barrier_sync(kBoth, 256);
     store_rows<kType, kD>(dvalue, smem.ds(0) + consumer * kQueryPanel, kT.ds_bytes(), warp, lane,
                           kProbabilityUnit);
@@ -312,7 +313,6 @@ __device__ __forceinline__ void consume(
     dquery_parity ^= 1;
     store_rows<kType, kD>(dkey, smem.dquery(consumer), 64 * 128, warp, lane, scale);
     hand_over();
-    release(smem.tile_empty(tile_ring.stage));
     tile_ring.next();
   }
 }

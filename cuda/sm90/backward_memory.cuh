@@ -100,9 +100,12 @@ struct BackwardMemory {
   __device__ __forceinline__ void init_barriers() const {
     constexpr int kConsumerWarps = 8;
     constexpr bool kPair = kT.blocks == 2;
-    // Pair: those that wait for turns. Its gradients leave through K and V, which are free when
-    // one thread has seen the last of them read.
-    constexpr int kStorerWarps = kPair && !kT.turns ? 0 : 2;
+    // Who reads a key tile's record arrives itself: racecheck does not follow a __syncwarp to
+    // another lane's arrival, and takes the next write for a hazard. Pair: whole warps wait for
+    // turns.
+    constexpr int kStorerThreads = kPair ? (kT.turns ? 64 : 0) : 2;
+    // Pair: its gradients leave through K and V, which are free when one thread has seen the last
+    // of them read.
     constexpr int kLastReaders = kPair ? 1 : kConsumerWarps;
     ptx::mbarrier_init(key_full(), 1);
     ptx::mbarrier_init(key_empty(), kLastReaders);
@@ -114,7 +117,7 @@ struct BackwardMemory {
       ptx::mbarrier_init(dout_full(i), 1);
       ptx::mbarrier_init(dout_empty(i), kT.blocks * kConsumerWarps);
       ptx::mbarrier_init(tile_full(i), 1);
-      ptx::mbarrier_init(tile_empty(i), kConsumerWarps + kStorerWarps);
+      ptx::mbarrier_init(tile_empty(i), 32 * kConsumerWarps + kStorerThreads);
       ptx::mbarrier_init(dquery_full(i, 0), 4);  // a consumer's warps
       ptx::mbarrier_init(dquery_full(i, 1), 4);
       ptx::mbarrier_init(dquery_empty(i), 1);

@@ -256,7 +256,7 @@ __device__ __forceinline__ void consume_tiles(
       ptx::mbarrier_arrive(kConsumer == 0 ? smem.value_empty() : smem.key_empty());
     }
     __syncwarp();
-    if (c.lane() == 0) ptx::mbarrier_arrive(smem.tile_empty(tile_ring.stage));
+    ptx::mbarrier_arrive(smem.tile_empty(tile_ring.stage));
     tile_ring.next();
   }
 }

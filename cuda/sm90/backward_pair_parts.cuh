@@ -218,9 +218,9 @@ struct PairTurns {
           pass_on(tile, at.query_tile, at.block(params, walk), parity);
           at.next(params, walk);
         }
-        ptx::mbarrier_arrive(smem.tile_empty(ring.stage));
       }
       __syncwarp();
+      ptx::mbarrier_arrive(smem.tile_empty(ring.stage));
       ring.next();
     }
   }
@@ -314,7 +314,8 @@ struct PairConsumer {
     bool first = false;
     if constexpr (kT.turns) {
       ptx::mbarrier_wait(smem.dquery_empty(consumer), parity);
-      first = ptx::load_shared(smem.is_first(consumer));
+      // Read by the lane that arrives below.
+      first = uniform(lane() == 0 ? ptx::load_shared(smem.is_first(consumer)) : 0u) != 0;
     }
     const auto each = [&](auto&& write) {
 #pragma unroll
