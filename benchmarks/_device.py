@@ -87,7 +87,10 @@ class Clock:
         ]
         return median(seen) if seen else None
 
-    def stop(self) -> None:
+    def __enter__(self) -> "Clock":
+        return self
+
+    def __exit__(self, *_: object) -> None:
         self._process.terminate()
 
 

@@ -7,7 +7,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import _device
+
 FOLDER = Path(__file__).with_name("results")
+PASSES = {"fwd": "forward", "bwd": "backward"}
 # What makes two rows the same measurement: the newer replaces the older.
 KEY = (
     "impl",
@@ -51,6 +54,13 @@ def merge(path: Path, meta: dict[str, Any], rows: list[dict[str, Any]]) -> None:
     facts = json.dumps({**old["meta"], **meta}, indent=1)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(f'{{"meta": {facts},\n"rows": [\n{lines}\n]}}\n')
+
+
+def merge_file(new: Path, out: Path | None, name: str) -> None:
+    """Adds a file from a GPU machine to ``out``, or to the file ``name`` of its GPU."""
+    found = read(new)
+    path = out or FOLDER / _device.folder(found["meta"]["gpu"]) / name
+    merge(path, found["meta"], found["rows"])
 
 
 def versions() -> dict[str, str]:

@@ -134,6 +134,10 @@ class Truth:
 # -------------------------------------------------------------------------------- timing
 
 
+def ready_pool() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(min(16, os.cpu_count() or 1))
+
+
 def prepare(
     cells: list[Cell], impls: list[str], passes: list[str], pool: ThreadPoolExecutor
 ) -> list[dict[str, Ready]]:
@@ -189,9 +193,10 @@ def run_round(ready: Ready, which: str, count: int) -> _device.Kernels:
 
 
 def measure(
-    ready: dict[str, Ready], which: str, rounds: int, clock: _device.Clock
-) -> dict[str, dict[str, Any]]:
-    """Per contender: milliseconds a call, by device and by wall, and the SM clock."""
+    ready: dict[Any, Ready], which: str, rounds: int, clock: _device.Clock
+) -> dict[Any, dict[str, Any]]:
+    """Per contender, by whatever name: milliseconds a call, by device and by wall, and
+    the SM clock."""
     counts, device, wall = {}, {}, {}
     busy: dict[str, list[tuple[float, float]]] = {}
     for name, one in ready.items():
@@ -222,6 +227,21 @@ def measure(
     }
 
 
+def result(
+    impl: str, which: str, cell: Cell, times: dict[str, Any], flops: float, commit: str
+) -> dict[str, Any]:
+    """The row of a measurement, which is also printed."""
+    tflops = flops / times["ms"] * 1e-9
+    print(
+        f"  {which} {impl:16} {times['ms']:9.4f} ms {tflops:6.0f}"
+        f" TFLOP/s at {times['sm_mhz'] or 0:.0f} MHz",
+        flush=True,
+    )
+    row = {"impl": impl, "pass": which, **vars(cell)}
+    row |= {k: v if v is None else round(v, 5) for k, v in times.items()}
+    return row | {"tflops": round(tflops, 1), "commit": commit}
+
+
 def main() -> None:
     p = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -249,30 +269,19 @@ def main() -> None:
         p.error("--window needs --causal 1: it counts keys to the left")
 
     if a.merge:
-        new = _results.read(a.merge)
-        folder = _results.FOLDER / _device.folder(new["meta"]["gpu"])
-        _results.merge(a.out or folder / "attention.json", new["meta"], new["rows"])
+        _results.merge_file(a.merge, a.out, "attention.json")
         return
 
-    gpu, driver = _device.query("name,driver_version")
-    meta = {
-        "gpu": gpu,
-        "driver": driver,
-        "versions": _results.versions(),
-        "date": _results.today(),
-    }
-    out = a.out or _results.FOLDER / _device.folder(gpu) / "attention.json"
-    commit, clock = a.commit or _results.commit(), _device.Clock()
-    todo = cells(a)
-    try:
-        with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
-            for start in range(0, len(todo), AHEAD):
-                some = todo[start : start + AHEAD]
-                ready = prepare(some, a.impls, a.passes, pool)
-                while some:  # what is timed is let go, to make room
-                    run_cell(some.pop(0), ready.pop(0), a, clock, out, meta, commit)
-    finally:
-        clock.stop()
+    meta, folder = _device.machine()
+    meta |= {"versions": _results.versions(), "date": _results.today()}
+    out = a.out or _results.FOLDER / folder / "attention.json"
+    commit, todo = a.commit or _results.commit(), cells(a)
+    with ready_pool() as pool, _device.Clock() as clock:
+        for start in range(0, len(todo), AHEAD):
+            some = todo[start : start + AHEAD]
+            ready = prepare(some, a.impls, a.passes, pool)
+            while some:  # what is timed is let go, to make room
+                run_cell(some.pop(0), ready.pop(0), a, clock, out, meta, commit)
 
 
 def run_cell(
@@ -286,17 +295,11 @@ def run_cell(
 ) -> None:
     print(cell, flush=True)
     for which in a.passes:
-        rows = []
-        for name, found in measure(ready, which, a.rounds, clock).items():
-            tflops = cell.flops(which) / found["ms"] * 1e-9
-            row = {"impl": name, "pass": which, **vars(cell)}
-            row |= {k: v if v is None else round(v, 5) for k, v in found.items()}
-            rows.append(row | {"tflops": round(tflops, 1), "commit": commit})
-            print(
-                f"  {which} {name:16} {found['ms']:9.4f} ms {tflops:6.0f}"
-                f" TFLOP/s at {found['sm_mhz'] or 0:.0f} MHz",
-                flush=True,
-            )
+        times = measure(ready, which, a.rounds, clock)
+        rows = [
+            result(name, which, cell, found, cell.flops(which), commit)
+            for name, found in times.items()
+        ]
         _results.merge(out, meta, rows)
 
 

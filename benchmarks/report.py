@@ -4,6 +4,7 @@ Between ``<!-- results: NAME -->`` and ``<!-- end -->`` in README.md stands what
   GPU/fwd, GPU/bwd    TFLOP/s of every contender, such as h100/fwd
   cpu/speed           milliseconds on CPU, and how many times the dense path's speed
   cpu/memory          peak memory on CPU
+  GPU/variants        float16, groups and other head sizes beside the plain setting
   GPU/parity          one model trained with several attentions: losses and step times
   GPU/ring            one sequence on several GPUs and on one, with its GPU/meta
   GPU/meta, cpu/meta  on what, with what, and when it was measured
@@ -21,6 +22,7 @@ from typing import Any
 
 import _parity_report
 import _results
+import _variants_report
 from _markdown import table
 
 README = Path(__file__).resolve().parents[1] / "README.md"
@@ -38,7 +40,6 @@ TITLES = {
     "flash2_sm90": "**jax_flash2, sm90 kernels**",
 }
 CELL = ("head_dim", "causal", "seq", "dtype")
-PASSES = {"fwd": "forward", "bwd": "backward"}
 # Whom our kernels are meant to be compared with: the same algorithm on any GPU, and on Hopper
 # whatever else there is.
 RIVALS = {
@@ -92,7 +93,7 @@ def beside(rows: list[dict[str, Any]], which: str) -> str:
                     f"{sum(r > 1 for r in ratios)} of {len(ratios)}",
                 ]
             )
-    head = [f"{PASSES[which]}, all cells below", "over the fastest of"]
+    head = [f"{_results.PASSES[which]}, all cells below", "over the fastest of"]
     return table([*head, "geometric mean", "least and most", "ahead in"], lines)
 
 
@@ -112,7 +113,10 @@ def gpu(results: dict[str, Any], which: str) -> str:
             [TITLES[impl], *(show(by_seq.get(s), best[s]) for s in seqs)]
             for impl, by_seq in impls.items()
         ]
-        head = [f"{PASSES[which]}, head_dim {head_dim}, {kind}", *map(str, seqs)]
+        head = [
+            f"{_results.PASSES[which]}, head_dim {head_dim}, {kind}",
+            *map(str, seqs),
+        ]
         parts.append(table(head, lines))
     return "\n".join(parts)
 
@@ -180,17 +184,22 @@ def about(results: dict[str, Any]) -> str:
 
 def block(name: str) -> str:
     folder, which = name.split("/")
+    of_gpu = {
+        "parity": _parity_report.text,
+        "ring": ring,
+        "variants": _variants_report.text,
+    }
     file = "memory" if which == "memory" else "speed"
     if folder != "cpu":
-        file = which if which in ("parity", "ring") else "attention"
+        file = which if which in of_gpu else "attention"
     path = _results.FOLDER / folder / f"{file}.json"
     if not path.exists():
         return "Not measured yet.\n"
     results = _results.read(path)
     if which == "meta":
         return about(results)
-    if which in ("parity", "ring"):
-        return {"parity": _parity_report.text, "ring": ring}[which](results)
+    if which in of_gpu:
+        return of_gpu[which](results)
     if folder == "cpu":
         return {"speed": cpu_speed, "memory": cpu_memory}[which](results)
     return gpu(results, which)
@@ -205,7 +214,7 @@ def plot(folder: Path) -> None:
 
     rows = _results.read(folder / "attention.json")["rows"]
     colours = {impl: f"C{n}" for n, impl in enumerate(TITLES)}
-    for which, title in PASSES.items():
+    for which, title in _results.PASSES.items():
         panels = speeds(rows, which)
         if not panels:
             continue

@@ -1,0 +1,62 @@
+"""The table of variants.py's measurements."""
+
+from statistics import geometric_mean
+from typing import Any
+
+import _results
+from _markdown import table
+
+# Whose kernels other head sizes run in.
+KERNELS = {80: 128, 96: 128, 192: 256}
+
+
+def place(row: dict[str, Any]) -> tuple[Any, ...]:
+    """What a row shares with the plain one that was timed in turns with it."""
+    head_dim = row["head_dim"]
+    return row["pass"], KERNELS.get(head_dim, head_dim), row["causal"], row["seq"]
+
+
+def variant(row: dict[str, Any]) -> str | None:
+    """What is other than plain, or None."""
+    head_dim, group = row["head_dim"], row["heads"] // row["heads_kv"]
+    if row["impl"] == "xla_dot":
+        return f"head_dim {head_dim}, over XLA's matrix product"
+    if head_dim in KERNELS:
+        return f"head_dim {head_dim}, over {KERNELS[head_dim]}"
+    if group > 1:
+        return f"{group} query heads a key head, over one"
+    return None if row["dtype"] == "bfloat16" else f"{row['dtype']}, over bfloat16"
+
+
+def text(results: dict[str, Any]) -> str:
+    """Ratios of TFLOP/s: geometric mean, least and most of the cells."""
+    rows = results["rows"]
+    plain = {place(row): row["tflops"] for row in rows if variant(row) is None}
+    ratios: dict[tuple[str, str], dict[str, float]] = {}
+    for row in rows:
+        if (name := variant(row)) is None:
+            continue
+        ratio = row["tflops"] / plain[place(row)]
+        if row["impl"] == "xla_dot":  # there it is the plain attention that is compared
+            ratio = 1 / ratio
+        which, size, causal, seq = place(row)
+        cell = f"{size} {'causal' if causal else 'full'} {seq}"
+        ratios.setdefault((_results.PASSES[which], name), {})[cell] = ratio
+    lines = []
+    for (which, name), cells in sorted(
+        ratios.items(), key=lambda item: item[0][0], reverse=True
+    ):
+        least, most = (
+            min(cells, key=cells.__getitem__),
+            max(cells, key=cells.__getitem__),
+        )
+        lines.append(
+            [
+                f"{which}, {name}",
+                f"{geometric_mean(cells.values()):.2f}",
+                f"{cells[least]:.2f} ({least})",
+                f"{cells[most]:.2f} ({most})",
+                str(len(cells)),
+            ]
+        )
+    return table(["TFLOP/s", "geometric mean", "least", "most", "cells"], lines)

@@ -1,0 +1,140 @@
+"""What float16, grouped queries and other head sizes cost beside bfloat16 and plain heads.
+
+The papers' setting and the way to time of attention.py: of each cell all variants run in this
+process, in turns. ``xla_dot`` is XLA's product of two bfloat16 matrices of 8192 rows and columns,
+in turns with the longest length.
+
+  python benchmarks/variants.py                       every cell, both passes
+  python benchmarks/variants.py --dims 128 --seqs 1024 16384 --passes bwd
+  python benchmarks/variants.py --merge DOWNLOADED.json
+
+Rows go to benchmarks/results/<gpu>/variants.json.
+"""
+
+import argparse
+import dataclasses
+import os
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
+import _device
+import _results
+import attention
+import jax
+import jax.numpy as jnp
+import numpy as np
+from _contenders import Cell, Ready
+
+OURS, PRODUCT = "flash2_sm90", "xla_dot"
+PLAIN: dict[str, Any] = {
+    "dtype": "bfloat16",
+    "window": None,
+    "group": 1,
+    "tokens": 16384,
+    "hidden": 2048,
+}
+GROUP = 8
+# Head sizes that run in the kernels of the next larger one.
+SIZES = {128: (80, 96), 256: (192,)}
+ROWS = 8192
+# How many cells are made ready at a time, with all their variants.
+AHEAD = 3
+
+
+def variants(plain: Cell) -> list[Cell]:
+    found = [plain, dataclasses.replace(plain, dtype="float16")]
+    found.append(dataclasses.replace(plain, heads_kv=plain.heads // GROUP))
+    for size in SIZES.get(plain.head_dim, ()):
+        heads = PLAIN["hidden"] // size
+        found.append(
+            dataclasses.replace(plain, head_dim=size, heads=heads, heads_kv=heads)
+        )
+    return found
+
+
+def product() -> Ready:
+    """Either pass is the product."""
+    a, b = jax.random.normal(jax.random.key(0), (2, ROWS, ROWS), jnp.bfloat16)
+    dot, last = jax.jit(jnp.dot), {"result": a}
+
+    def run() -> None:
+        last["result"] = dot(a, b)
+
+    return Ready(
+        run={"fwd": run, "bwd": run},
+        results=lambda _: [last["result"]],
+        to_numpy=lambda x: np.asarray(x, np.float32),
+        synchronize=lambda: jax.block_until_ready(last["result"]),
+    )
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    p.add_argument(
+        "--passes", nargs="+", default=["fwd", "bwd"], choices=["fwd", "bwd"]
+    )
+    p.add_argument("--dims", nargs="+", type=int, default=[64, 128, 256])
+    p.add_argument("--causal", nargs="+", type=int, default=[0, 1], choices=[0, 1])
+    p.add_argument("--seqs", nargs="+", type=int, default=[512 << i for i in range(6)])
+    p.add_argument("--rounds", type=int, default=attention.ROUNDS)
+    p.add_argument("--out", type=Path, help="default: results/<gpu>/variants.json")
+    p.add_argument("--commit", default=None, help="where the tree is no git checkout")
+    p.add_argument(
+        "--merge", type=Path, metavar="FILE", help="merge its rows into --out"
+    )
+    a = p.parse_args()
+    if a.merge:
+        _results.merge_file(a.merge, a.out, "variants.json")
+        return
+
+    meta, folder = _device.machine()
+    meta |= {"versions": _results.versions(), "date": _results.today()}
+    out = a.out or _results.FOLDER / folder / "variants.json"
+    commit = a.commit or _results.commit()
+    plain = attention.cells(argparse.Namespace(**vars(a), **PLAIN))
+    with attention.ready_pool() as pool, _device.Clock() as clock:
+        for start in range(0, len(plain), AHEAD):
+            groups = [variants(cell) for cell in plain[start : start + AHEAD]]
+            cells = [cell for group in groups for cell in group]
+            found = attention.prepare(cells, [OURS], a.passes, pool)
+            ready = dict(zip(cells, found, strict=True))
+            for group in groups:
+                # What is timed is let go, to make room.
+                mine = {cell: ready.pop(cell)[OURS] for cell in group}
+                run_group(mine, a, clock, out, meta, commit)
+
+
+def run_group(
+    group: dict[Cell, Ready],
+    a: argparse.Namespace,
+    clock: _device.Clock,
+    out: Path,
+    meta: dict[str, Any],
+    commit: str,
+) -> None:
+    """Times a cell's variants beside each other; the first is the plain one."""
+    plain = next(iter(group))
+    timed: dict[Cell | str, Ready] = {**group}
+    if plain.seq == max(a.seqs):
+        timed[PRODUCT] = product()
+    print(plain, flush=True)
+    for which in a.passes:
+        rows = []
+        for what, times in attention.measure(timed, which, a.rounds, clock).items():
+            if isinstance(what, Cell):
+                of, cell, flops = OURS, what, what.flops(which)
+                print(
+                    f"    {cell.dtype}, {cell.heads}/{cell.heads_kv} of {cell.head_dim}"
+                )
+            else:
+                of, cell, flops = what, plain, 2.0 * ROWS**3
+            rows.append(attention.result(of, which, cell, times, flops, commit))
+        _results.merge(out, meta, rows)
+
+
+if __name__ == "__main__":
+    main()
