@@ -74,7 +74,9 @@ def _dense(q: Any, k: Any, v: Any, cell: Cell, rounded: Any) -> jax.Array:
         s = jnp.where(j <= i, s, -jnp.inf)
     if cell.window is not None:
         s = jnp.where(j > i - cell.window, s, -jnp.inf)
-    p = jax.nn.softmax(s, axis=-1).astype(rounded).astype(jnp.float32)
+    # Not a cast there and back, which XLA leaves out on a GPU.
+    bits = jnp.finfo(rounded)
+    p = jax.lax.reduce_precision(jax.nn.softmax(s, axis=-1), bits.nexp, bits.nmant)
     return jnp.dot(p, v, precision=highest)
 
 
