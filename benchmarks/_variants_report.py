@@ -20,6 +20,8 @@ def variant(row: dict[str, Any]) -> str | None:
     """What is other than plain, or None."""
     head_dim, group = row["head_dim"], row["heads"] // row["heads_kv"]
     if row["impl"] == "xla_dot":
+        if row["dtype"] != "bfloat16":
+            return f"XLA's matrix product, {row['dtype']}, over bfloat16"
         return f"head_dim {head_dim}, over XLA's matrix product"
     if head_dim in KERNELS:
         return f"head_dim {head_dim}, over {KERNELS[head_dim]}"
@@ -32,13 +34,18 @@ def text(results: dict[str, Any]) -> str:
     """Ratios of TFLOP/s: geometric mean, least and most of the cells."""
     rows = results["rows"]
     plain = {place(row): row["tflops"] for row in rows if variant(row) is None}
+    of_bfloat16 = (r for r in rows if r["dtype"] == "bfloat16")
+    product = {place(r): r["tflops"] for r in of_bfloat16 if r["impl"] == "xla_dot"}
     ratios: dict[tuple[str, str], dict[str, float]] = {}
     for row in rows:
         if (name := variant(row)) is None:
             continue
-        ratio = row["tflops"] / plain[place(row)]
-        if row["impl"] == "xla_dot":  # there it is the plain attention that is compared
-            ratio = 1 / ratio
+        if row["impl"] != "xla_dot":
+            ratio = row["tflops"] / plain[place(row)]
+        elif row["dtype"] == "bfloat16":
+            ratio = plain[place(row)] / row["tflops"]
+        else:
+            ratio = row["tflops"] / product[place(row)]
         which, size, causal, seq = place(row)
         cell = f"{size} {'causal' if causal else 'full'} {seq}"
         ratios.setdefault((_results.PASSES[which], name), {})[cell] = ratio

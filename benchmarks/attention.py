@@ -4,10 +4,11 @@ The papers' setting: 16k tokens in all, hidden size 2048 (32 heads of 64, 16 of 
 of 256), lengths 512 to 16k, forward, and backward from the cotangent to the gradients
 of query, key and value. All contenders of a cell run in this process, in turns: rounds
 of at least 50 ms of back-to-back calls with pauses between, each round beginning with
-another contender and every second in reverse; the median round counts. A call's time is the sum of its kernels'
-times on the device, or the round's wall time where kernels overlap and that is less.
-Before anything is timed its answer is checked. Cells are made ready several at once,
-since that is mostly compilation, and timed while nothing else runs.
+another contender and every second in reverse; the median round counts. A call's time
+is the sum of its kernels' times on the device, or the round's wall time where kernels
+overlap and that is less. Before anything is timed its answer is checked. Cells are made
+ready several at once, since that is mostly compilation, and timed while nothing else
+runs.
 
   python benchmarks/attention.py                                   every cell, everyone
   python benchmarks/attention.py --impls flash2_sm80 torch_flash --passes fwd --dims 128

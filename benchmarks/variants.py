@@ -1,8 +1,8 @@
 """What float16, grouped queries and other head sizes cost beside bfloat16 and plain heads.
 
 The papers' setting and the way to time of attention.py: of each cell all variants run in this
-process, in turns. ``xla_dot`` is XLA's product of two bfloat16 matrices of 8192 rows and columns,
-in turns with the longest length.
+process, in turns. ``xla_dot`` is XLA's product of two matrices of 8192 rows and columns, in both
+dtypes, in turns with the longest length: at its power limit the chip itself is slower in float16.
 
   python benchmarks/variants.py                       every cell, both passes
   python benchmarks/variants.py --dims 128 --seqs 1024 16384 --passes bwd
@@ -54,9 +54,9 @@ def variants(plain: Cell) -> list[Cell]:
     return found
 
 
-def product() -> Ready:
+def product(dtype: str) -> Ready:
     """Either pass is the product."""
-    a, b = jax.random.normal(jax.random.key(0), (2, ROWS, ROWS), jnp.bfloat16)
+    a, b = jax.random.normal(jax.random.key(0), (2, ROWS, ROWS), jnp.dtype(dtype))
     dot, last = jax.jit(jnp.dot), {"result": a}
 
     def run() -> None:
@@ -118,21 +118,18 @@ def run_group(
 ) -> None:
     """Times a cell's variants beside each other; the first is the plain one."""
     plain = next(iter(group))
-    timed: dict[Cell | str, Ready] = {**group}
+    timed = {(OURS, cell): ready for cell, ready in group.items()}
     if plain.seq == max(a.seqs):
-        timed[PRODUCT] = product()
+        for dtype in ("bfloat16", "float16"):
+            timed[PRODUCT, dataclasses.replace(plain, dtype=dtype)] = product(dtype)
     print(plain, flush=True)
     for which in a.passes:
         rows = []
-        for what, times in attention.measure(timed, which, a.rounds, clock).items():
-            if isinstance(what, Cell):
-                of, cell, flops = OURS, what, what.flops(which)
-                print(
-                    f"    {cell.dtype}, {cell.heads}/{cell.heads_kv} of {cell.head_dim}"
-                )
-            else:
-                of, cell, flops = what, plain, 2.0 * ROWS**3
-            rows.append(attention.result(of, which, cell, times, flops, commit))
+        times = attention.measure(timed, which, a.rounds, clock)
+        for (impl, cell), found in times.items():
+            print(f"    {cell.dtype}, {cell.heads}/{cell.heads_kv} of {cell.head_dim}")
+            flops = cell.flops(which) if impl == OURS else 2.0 * ROWS**3
+            rows.append(attention.result(impl, which, cell, found, flops, commit))
         _results.merge(out, meta, rows)
 
 
