@@ -35,6 +35,7 @@ import jax.numpy as jnp
 import numpy as np
 from _contenders import CONCURRENT, CONTENDERS, Absent, Cell, Ready, inputs
 
+FILE = "attention.json"
 ROUND_MS, PAUSE_S, ROUNDS = 50.0, 0.03, 7
 # How many cells are ready at a time: each holds about half a gigabyte a contender.
 AHEAD = 6
@@ -247,46 +248,60 @@ def result(
     return row | {"tflops": round(tflops, 1), "commit": commit}
 
 
-def main() -> None:
+def parser(description: str | None, file: str) -> argparse.ArgumentParser:
+    """What all who time cells into ``file`` understand."""
     p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    p.add_argument("--impls", nargs="+", default=list(CONTENDERS), choices=CONTENDERS)
     p.add_argument(
         "--passes", nargs="+", default=["fwd", "bwd"], choices=["fwd", "bwd"]
     )
     p.add_argument("--dims", nargs="+", type=int, default=[64, 128, 256])
     p.add_argument("--causal", nargs="+", type=int, default=[0, 1], choices=[0, 1])
     p.add_argument("--seqs", nargs="+", type=int, default=[512 << i for i in range(6)])
+    p.add_argument("--rounds", type=int, default=ROUNDS)
+    p.add_argument("--out", type=Path, help=f"default: results/<gpu>/{file}")
+    p.add_argument("--commit", default=None, help="where the tree is no git checkout")
+    p.add_argument(
+        "--merge", type=Path, metavar="FILE", help="merge its rows into --out"
+    )
+    return p
+
+
+def destination(
+    a: argparse.Namespace, file: str
+) -> tuple[Path, dict[str, Any], str] | None:
+    """Where rows go, what is said of all of them, and the commit; None if ``--merge`` was
+    all that was asked for."""
+    if a.merge:
+        _results.merge_file(a.merge, a.out, file)
+        return None
+    meta, folder = _device.machine()
+    about = meta | {"versions": _results.versions(), "date": _results.today()}
+    out = a.out or _results.FOLDER / folder / file
+    return out, about, a.commit or _results.commit()
+
+
+def main() -> None:
+    p = parser(__doc__, FILE)
+    p.add_argument("--impls", nargs="+", default=list(CONTENDERS), choices=CONTENDERS)
     p.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16"])
     p.add_argument("--window", type=int, help="keys that a query sees, with --causal 1")
     p.add_argument("--group", type=int, default=1, help="query heads per key head")
     p.add_argument("--tokens", type=int, default=16384)
     p.add_argument("--hidden", type=int, default=2048)
-    p.add_argument("--rounds", type=int, default=ROUNDS)
-    p.add_argument("--out", type=Path, help="default: results/<gpu>/attention.json")
-    p.add_argument("--commit", default=None, help="where the tree is no git checkout")
-    p.add_argument(
-        "--merge", type=Path, metavar="FILE", help="merge its rows into --out"
-    )
     a = p.parse_args()
     if a.window is not None and a.causal != [1]:
         p.error("--window needs --causal 1: it counts keys to the left")
-
-    if a.merge:
-        _results.merge_file(a.merge, a.out, "attention.json")
+    if (where := destination(a, FILE)) is None:
         return
-
-    meta, folder = _device.machine()
-    meta |= {"versions": _results.versions(), "date": _results.today()}
-    out = a.out or _results.FOLDER / folder / "attention.json"
-    commit, todo = a.commit or _results.commit(), cells(a)
+    todo = cells(a)
     with ready_pool() as pool, _device.Clock() as clock:
         for start in range(0, len(todo), AHEAD):
             some = todo[start : start + AHEAD]
             ready = prepare(some, a.impls, a.passes, pool)
             while some:  # what is timed is let go, to make room
-                run_cell(some.pop(0), ready.pop(0), a, clock, out, meta, commit)
+                run_cell(some.pop(0), ready.pop(0), a, clock, *where)
 
 
 def run_cell(

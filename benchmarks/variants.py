@@ -27,6 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 from _contenders import Cell, Ready
 
+FILE = "variants.json"
 OURS, PRODUCT = "flash2_sm90", "xla_dot"
 PLAIN: dict[str, Any] = {
     "dtype": "bfloat16",
@@ -71,30 +72,9 @@ def product(dtype: str) -> Ready:
 
 
 def main() -> None:
-    p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    p.add_argument(
-        "--passes", nargs="+", default=["fwd", "bwd"], choices=["fwd", "bwd"]
-    )
-    p.add_argument("--dims", nargs="+", type=int, default=[64, 128, 256])
-    p.add_argument("--causal", nargs="+", type=int, default=[0, 1], choices=[0, 1])
-    p.add_argument("--seqs", nargs="+", type=int, default=[512 << i for i in range(6)])
-    p.add_argument("--rounds", type=int, default=attention.ROUNDS)
-    p.add_argument("--out", type=Path, help="default: results/<gpu>/variants.json")
-    p.add_argument("--commit", default=None, help="where the tree is no git checkout")
-    p.add_argument(
-        "--merge", type=Path, metavar="FILE", help="merge its rows into --out"
-    )
-    a = p.parse_args()
-    if a.merge:
-        _results.merge_file(a.merge, a.out, "variants.json")
+    a = attention.parser(__doc__, FILE).parse_args()
+    if (where := attention.destination(a, FILE)) is None:
         return
-
-    meta, folder = _device.machine()
-    meta |= {"versions": _results.versions(), "date": _results.today()}
-    out = a.out or _results.FOLDER / folder / "variants.json"
-    commit = a.commit or _results.commit()
     plain = attention.cells(argparse.Namespace(**vars(a), **PLAIN))
     with attention.ready_pool() as pool, _device.Clock() as clock:
         for start in range(0, len(plain), AHEAD):
@@ -105,7 +85,7 @@ def main() -> None:
             for group in groups:
                 # What is timed is let go, to make room.
                 mine = {cell: ready.pop(cell)[OURS] for cell in group}
-                run_group(mine, a, clock, out, meta, commit)
+                run_group(mine, a, clock, *where)
 
 
 def run_group(
