@@ -53,6 +53,7 @@ def test_every_tiny_length_by_every_tiny_length(every_tiny_length, is_causal):
     assert_all_close(results(inputs), reference)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("blocks_of_four")
 @pytest.mark.parametrize("q_length", TINY)
 def test_every_tiny_shape_by_every_tiny_shape(every_tiny_length, q_length):

@@ -7,8 +7,6 @@ two passes of `_tangents` and the one of `_second` can be asked for.
 from __future__ import annotations
 
 import functools
-import itertools
-import re
 from collections.abc import Callable
 from typing import Any
 
@@ -22,7 +20,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from jax.test_util import check_grads
 
-from cases import OPTIONS, PAIRS, Case, Inputs, blocks_of
+from cases import OPTIONS, PAIRS, Case, Inputs, blocks_of, quick_compilation
 from compare import assert_close
 from jax_flash2 import flash_attention
 
@@ -78,6 +76,12 @@ GROUPS = (
         "deterministic",
     ),
 )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quickly_compiled():
+    with quick_compilation():
+        yield
 
 
 def dot(a: Any, b: Any) -> jax.Array:
@@ -176,7 +180,14 @@ def test_every_option_is_in_a_group():
     assert {name for group in GROUPS for name in group} == set(OPTIONS)
 
 
-@pytest.mark.parametrize("group", GROUPS, ids="+".join)
+@pytest.mark.parametrize(
+    "group",
+    [
+        pytest.param(g, marks=[pytest.mark.slow] if n % 3 else [])
+        for n, g in enumerate(GROUPS)
+    ],
+    ids="+".join,
+)
 def test_all_derivatives_in_float64(small_blocks, group):
     with jax.enable_x64(True):
         case = Case(group, 19, 21, (2,), 4, 2, 4, 3, dtype="float64")
@@ -184,6 +195,7 @@ def test_all_derivatives_in_float64(small_blocks, group):
             check(case.inputs(seed), 1e-9, seed)
 
 
+@pytest.mark.slow
 @hypothesis.settings(max_examples=hypothesis.settings.default.max_examples // 6)
 @hypothesis.given(
     options=st.sampled_from(PAIRS),
@@ -206,7 +218,9 @@ def test_bfloat16_is_as_accurate_as_its_precision(small_blocks):
         assert_close(x, wide[name], 2**-5, name, relative=True)
 
 
-@pytest.mark.parametrize("forward_mode", [True, False])
+@pytest.mark.parametrize(
+    "forward_mode", [pytest.param(True, marks=pytest.mark.slow), False]
+)
 def test_check_grads_to_second_order(small_blocks, forward_mode):
     with jax.enable_x64(True):
         group = ("causal", "sinks", "soft_cap", "scale_traced", "alibi", "bias")
@@ -237,7 +251,8 @@ def test_only_what_is_differentiated_gets_a_tangent():
             grad = jax.grad(lambda x: (jvp(x)[1] ** 2).sum() + (f(x)[1] ** 2).sum())
             return jvp(x), grad(x)
 
-        got, right = jax.jit(both, static_argnums=0)("blockwise"), both("reference")
+        run = jax.jit(both, static_argnums=0)
+        got, right = run("blockwise"), run("reference")
         for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(right), strict=True):
             assert_close(a, b, 1e-5, str(names), relative=True)
 
@@ -409,49 +424,3 @@ def test_sharded_equals_unsharded(name):
         run = jax.jit(functools.partial(grad_of_jvp_and_hvp, call))
         got = run(place(inputs.wrt), place(t))
     assert_trees_close(jax.device_get(got), right, 1e-5)
-
-
-# --------------------------------------------------------------------------------- memory
-
-
-def of_length(name: str, length: int) -> Any:
-    """A compiled derivative of causal attention of one head."""
-    x = [jax.ShapeDtypeStruct((1, length, 1, 16), jnp.float32)] * 3
-
-    def f(q: Any, k: Any, v: Any, forward_mode: bool) -> jax.Array:
-        how = dict(implementation="blockwise", forward_mode=forward_mode)
-        return flash_attention(q, k, v, is_causal=True, **how)
-
-    def loss(forward_mode: bool) -> Any:
-        return lambda *x: (f(*x, forward_mode) ** 2).sum()
-
-    every = (0, 1, 2)
-
-    def jvp(*x: Any) -> Any:
-        return jax.jvp(lambda *x: f(*x, True), x, x)[1]
-
-    run = {
-        "jvp": jvp,
-        "grad of jvp": jax.grad(lambda *x: (jvp(*x) ** 2).sum(), every),
-        "jvp of grad": lambda *x: jax.jvp(jax.grad(loss(False), every), x, x),
-        "grad of grad": jax.grad(
-            lambda *x: dot(jax.grad(loss(False), every)(*x), x), every
-        ),
-    }[name]
-    return jax.jit(run).lower(*x).compile()
-
-
-@pytest.mark.parametrize("name", ["jvp", "grad of jvp", "jvp of grad", "grad of grad"])
-def test_memory_grows_with_the_length_alone(name):
-    temporary = []
-    for length in (2048, 4096, 8192, 16384):
-        program = of_length(name, length)
-        shapes = re.findall(r"\b[a-z]+\d+\[([\d,]+)\]", program.as_text())
-        sizes = [
-            np.prod([int(n) for n in s.split(",")], dtype=np.int64) for s in shapes
-        ]
-        assert max(sizes) < length * 256
-        temporary.append(program.memory_analysis().temp_size_in_bytes)
-    steps = np.diff(temporary)
-    # Twice the length adds at most twice what the length before added.
-    assert all(b <= 2.1 * a for a, b in itertools.pairwise(steps)), temporary

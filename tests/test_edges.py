@@ -143,7 +143,9 @@ HIDING = {
 }
 
 
-@pytest.mark.parametrize("with_sinks", [False, True], ids=["", "sinks"])
+@pytest.mark.parametrize(
+    "with_sinks", [pytest.param(False, marks=pytest.mark.slow), True], ids=["", "sinks"]
+)
 @pytest.mark.parametrize("kind", HIDING)
 def test_rows_that_see_no_key(kind, with_sinks):
     """Output 0, logsumexp -inf or the sink, no gradient to anything but the sink."""

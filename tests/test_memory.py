@@ -33,6 +33,15 @@ ARGUMENTS = {
 }
 
 
+@pytest.fixture(scope="module", autouse=True)
+def fully_compiled():
+    """Whatever spares the other tests compilation: it is the program of use that counts."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
 @functools.cache
 def compiled(length, name="causal", implementation="blockwise"):
     """A training step's attention: value and gradients, compiled and not run."""
@@ -77,3 +86,41 @@ def test_temporary_memory_grows_linearly():
 def test_a_training_step_at_length_32768_needs_less_than_a_gibibyte():
     analysis = compiled(32768).memory_analysis()
     assert analysis.temp_size_in_bytes + analysis.argument_size_in_bytes < 2**30
+
+
+def derivative(name, length):
+    """A derivative of causal attention of one head, compiled and not run."""
+    every = (0, 1, 2)
+    x = [jax.ShapeDtypeStruct((1, length, 1, 16), jnp.float32)] * 3
+
+    def f(*x, forward_mode=False):
+        how = dict(implementation="blockwise", forward_mode=forward_mode)
+        return flash_attention(*x, is_causal=True, **how)
+
+    gradient = jax.grad(lambda *x: (f(*x) ** 2).sum(), every)
+
+    def jvp(*x):
+        return jax.jvp(functools.partial(f, forward_mode=True), x, x)[1]
+
+    def along(*x):
+        return sum((g * a).sum() for g, a in zip(gradient(*x), x, strict=True))
+
+    run = {
+        "jvp": jvp,
+        "grad of jvp": jax.grad(lambda *x: (jvp(*x) ** 2).sum(), every),
+        "jvp of grad": lambda *x: jax.jvp(gradient, x, x),
+        "grad of grad": jax.grad(along, every),
+    }[name]
+    return jax.jit(run).lower(*x).compile()
+
+
+@pytest.mark.parametrize("name", ["jvp", "grad of jvp", "jvp of grad", "grad of grad"])
+def test_memory_of_derivatives_grows_with_the_length_alone(name):
+    lengths = [2048, 8192, 32768]
+    programs = [derivative(name, length) for length in lengths]
+    for length, program in zip(lengths, programs, strict=True):
+        assert largest_array(program) < length * 256
+    temporary = [p.memory_analysis().temp_size_in_bytes for p in programs]
+    first, second = temporary[1] - temporary[0], temporary[2] - temporary[1]
+    # Four times the length adds at most four times what the length before added.
+    assert second <= 4.2 * first, temporary

@@ -71,7 +71,11 @@ def run_all(commands: Sequence[Sequence[str]]) -> list[str]:
     import jax_flash2
 
     package = str(pathlib.Path(jax_flash2.__file__).resolve().parents[1])
-    env = os.environ | {"PYTHONPATH": package, "JAX_PLATFORMS": "cpu"}
+    env = os.environ | {
+        "PYTHONPATH": package,
+        "JAX_PLATFORMS": "cpu",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # compiling is most of the time here
+    }
     started = [
         subprocess.Popen(
             [sys.executable, *command],

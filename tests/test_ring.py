@@ -18,6 +18,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jax_flash2.linen
+from cases import quick_compilation
 from jax_flash2 import (
     ContextParallel,
     Flash2Attention,
@@ -37,6 +38,12 @@ from jax_flash2._spec import AttentionSpec, Operands
 from test_sharding import AUTO, EXPLICIT, make_mesh, normal
 
 CAUSAL = AttentionSpec(is_causal=True)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quickly_compiled() -> Any:
+    with quick_compilation():
+        yield
 
 
 def on_ring(

@@ -17,6 +17,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from cases import quick_compilation
 from jax_flash2 import flash_attention, ring_attention, unzigzag, zigzag
 from test_sharding import AUTO, EXPLICIT, collectives, make_mesh, normal
 
@@ -25,6 +26,12 @@ ROWS = ("query", "query_segment_ids", "bias")  # split by rows, the rest by keys
 KEYS = ("key", "value", "key_value_segment_ids")
 SIDES = ("sinks", "alibi_slopes")
 DENSE = ("bias",)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quickly_compiled() -> Any:
+    with quick_compilation():
+        yield
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,6 +17,7 @@ import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from cases import quick_compilation
 from jax_flash2 import flash_attention
 
 BATCH, LENGTH, HEADS, DIM = 8, 32, 8, 8
@@ -32,6 +33,12 @@ def make_mesh(shape: dict[str, int], kind: AxisType = AUTO) -> Mesh:
     devices = np.array(jax.devices()[: math.prod(shape.values())])
     kinds = (kind,) * len(shape)
     return Mesh(devices.reshape(*shape.values()), tuple(shape), axis_types=kinds)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quickly_compiled() -> Any:
+    with quick_compilation():
+        yield
 
 
 @dataclasses.dataclass(frozen=True)
@@ -226,7 +233,12 @@ def meets(layout: Layout, options: Options) -> bool:
     return "dropout_key" not in options.static and options.kv_heads % kv_shards == 0
 
 
-PAIRS = [(n, o) for n in LAYOUTS for o in OPTIONS if meets(LAYOUTS[n], OPTIONS[o])]
+PAIRS = [
+    pytest.param(name, other, marks=[pytest.mark.slow] if (i + j) % 2 else [])
+    for i, name in enumerate(LAYOUTS)
+    for j, other in enumerate(OPTIONS)
+    if meets(LAYOUTS[name], OPTIONS[other])
+]
 
 
 @pytest.mark.parametrize(("layout_name", "options_name"), PAIRS)
