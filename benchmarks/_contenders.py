@@ -52,13 +52,14 @@ class Ready:
 
     ``run[which]()`` enqueues one call; ``results(which)`` are arrays on the device,
     ``[batch, seq, heads, head_dim]``: the output, or the three gradients.
-    ``to_numpy`` takes a part of one.
+    ``to_numpy`` takes a part of one. ``flops``: of a call that is no attention.
     """
 
     run: dict[str, Callable[[], Any]]
     results: Callable[[str], list[Any]]
     to_numpy: Callable[[Any], np.ndarray]
     synchronize: Callable[[], Any]
+    flops: float | None = None
 
 
 def inputs(cell: Cell) -> list[np.ndarray]:

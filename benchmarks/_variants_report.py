@@ -6,6 +6,7 @@ from typing import Any
 import _results
 from _markdown import table
 
+PRODUCT = "xla_dot"
 # Whose kernels other head sizes run in.
 KERNELS = {80: 128, 96: 128, 192: 256}
 
@@ -19,7 +20,7 @@ def place(row: dict[str, Any]) -> tuple[Any, ...]:
 def variant(row: dict[str, Any]) -> str | None:
     """What is other than plain, or None."""
     head_dim, group = row["head_dim"], row["heads"] // row["heads_kv"]
-    if row["impl"] == "xla_dot":
+    if row["impl"] == PRODUCT:
         if row["dtype"] != "bfloat16":
             return f"XLA's matrix product, {row['dtype']}, over bfloat16"
         return f"head_dim {head_dim}, over XLA's matrix product"
@@ -35,12 +36,12 @@ def text(results: dict[str, Any]) -> str:
     rows = results["rows"]
     plain = {place(row): row["tflops"] for row in rows if variant(row) is None}
     of_bfloat16 = (r for r in rows if r["dtype"] == "bfloat16")
-    product = {place(r): r["tflops"] for r in of_bfloat16 if r["impl"] == "xla_dot"}
+    product = {place(r): r["tflops"] for r in of_bfloat16 if r["impl"] == PRODUCT}
     ratios: dict[tuple[str, str], dict[str, float]] = {}
     for row in rows:
         if (name := variant(row)) is None:
             continue
-        if row["impl"] != "xla_dot":
+        if row["impl"] != PRODUCT:
             ratio = row["tflops"] / plain[place(row)]
         elif row["dtype"] == "bfloat16":
             ratio = plain[place(row)] / row["tflops"]

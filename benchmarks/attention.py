@@ -197,12 +197,11 @@ def run_round(ready: Ready, which: str, count: int) -> _device.Kernels:
 
 
 def measure(
-    ready: dict[Any, Ready], which: str, rounds: int, clock: _device.Clock
-) -> dict[Any, dict[str, Any]]:
-    """Per contender, by whatever name: milliseconds a call, by device and by wall, and
-    the SM clock."""
+    ready: dict[tuple[str, Cell], Ready], which: str, rounds: int, clock: _device.Clock
+) -> dict[tuple[str, Cell], dict[str, Any]]:
+    """Per contender: milliseconds a call, by device and by wall, and the SM clock."""
     counts, device, wall = {}, {}, {}
-    busy: dict[str, list[tuple[float, float]]] = {}
+    busy: dict[tuple[str, Cell], list[tuple[float, float]]] = {}
     for name, one in ready.items():
         run_round(one, which, 3)
         each = run_round(one, which, 5).ms / 5
@@ -231,21 +230,6 @@ def measure(
         }
         for name in order
     }
-
-
-def result(
-    impl: str, which: str, cell: Cell, times: dict[str, Any], flops: float, commit: str
-) -> dict[str, Any]:
-    """The row of a measurement, which is also printed."""
-    tflops = flops / times["ms"] * 1e-9
-    print(
-        f"  {which} {impl:16} {times['ms']:9.4f} ms {tflops:6.0f}"
-        f" TFLOP/s at {times['sm_mhz'] or 0:.0f} MHz",
-        flush=True,
-    )
-    row = {"impl": impl, "pass": which, **vars(cell)}
-    row |= {k: v if v is None else round(v, 5) for k, v in times.items()}
-    return row | {"tflops": round(tflops, 1), "commit": commit}
 
 
 def parser(description: str | None, file: str) -> argparse.ArgumentParser:
@@ -301,25 +285,35 @@ def main() -> None:
             some = todo[start : start + AHEAD]
             ready = prepare(some, a.impls, a.passes, pool)
             while some:  # what is timed is let go, to make room
-                run_cell(some.pop(0), ready.pop(0), a, clock, *where)
+                cell, found = some.pop(0), ready.pop(0)
+                print(cell, flush=True)
+                mine = {(name, cell): one for name, one in found.items()}
+                run_cell(mine, a, clock, *where)
 
 
 def run_cell(
-    cell: Cell,
-    ready: dict[str, Ready],
+    ready: dict[tuple[str, Cell], Ready],
     a: argparse.Namespace,
     clock: _device.Clock,
     out: Path,
     meta: dict[str, Any],
     commit: str,
 ) -> None:
-    print(cell, flush=True)
+    """Times whom it is given, by name and setting, in turns, and adds their rows."""
     for which in a.passes:
-        times = measure(ready, which, a.rounds, clock)
-        rows = [
-            result(name, which, cell, found, cell.flops(which), commit)
-            for name, found in times.items()
-        ]
+        rows = []
+        for (impl, cell), times in measure(ready, which, a.rounds, clock).items():
+            flops = ready[impl, cell].flops or cell.flops(which)
+            tflops = flops / times["ms"] * 1e-9
+            size = f"{cell.heads}/{cell.heads_kv} x {cell.head_dim} {cell.dtype}"
+            print(
+                f"  {which} {impl:16} {size:22} {times['ms']:9.4f} ms {tflops:6.0f}"
+                f" TFLOP/s at {times['sm_mhz'] or 0:.0f} MHz",
+                flush=True,
+            )
+            row = {"impl": impl, "pass": which, **vars(cell)}
+            row |= {k: v if v is None else round(v, 5) for k, v in times.items()}
+            rows.append(row | {"tflops": round(tflops, 1), "commit": commit})
         _results.merge(out, meta, rows)
 
 

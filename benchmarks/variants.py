@@ -14,21 +14,20 @@ Rows go to benchmarks/results/<gpu>/variants.json.
 import argparse
 import dataclasses
 import os
-from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 import _device
-import _results
 import attention
 import jax
 import jax.numpy as jnp
 import numpy as np
 from _contenders import Cell, Ready
+from _variants_report import KERNELS, PRODUCT
 
 FILE = "variants.json"
-OURS, PRODUCT = "flash2_sm90", "xla_dot"
+OURS = "flash2_sm90"
 PLAIN: dict[str, Any] = {
     "dtype": "bfloat16",
     "window": None,
@@ -37,8 +36,6 @@ PLAIN: dict[str, Any] = {
     "hidden": 2048,
 }
 GROUP = 8
-# Head sizes that run in the kernels of the next larger one.
-SIZES = {128: (80, 96), 256: (192,)}
 ROWS = 8192
 # How many cells are made ready at a time, with all their variants.
 AHEAD = 3
@@ -47,7 +44,7 @@ AHEAD = 3
 def variants(plain: Cell) -> list[Cell]:
     found = [plain, dataclasses.replace(plain, dtype="float16")]
     found.append(dataclasses.replace(plain, heads_kv=plain.heads // GROUP))
-    for size in SIZES.get(plain.head_dim, ()):
+    for size in (s for s, kernel in KERNELS.items() if kernel == plain.head_dim):
         heads = PLAIN["hidden"] // size
         found.append(
             dataclasses.replace(plain, head_dim=size, heads=heads, heads_kv=heads)
@@ -68,49 +65,36 @@ def product(dtype: str) -> Ready:
         results=lambda _: [last["result"]],
         to_numpy=lambda x: np.asarray(x, np.float32),
         synchronize=lambda: jax.block_until_ready(last["result"]),
+        flops=2.0 * ROWS**3,
     )
 
 
 def main() -> None:
-    a = attention.parser(__doc__, FILE).parse_args()
+    p = attention.parser(__doc__, FILE)
+    a = p.parse_args()
+    if others := set(a.dims) & set(KERNELS):
+        p.error(
+            f"--dims are the kernels'; {sorted(others)} come beside theirs by themselves"
+        )
     if (where := attention.destination(a, FILE)) is None:
         return
-    plain = attention.cells(argparse.Namespace(**vars(a), **PLAIN))
+    todo = attention.cells(argparse.Namespace(**vars(a), **PLAIN))
     with attention.ready_pool() as pool, _device.Clock() as clock:
-        for start in range(0, len(plain), AHEAD):
-            groups = [variants(cell) for cell in plain[start : start + AHEAD]]
+        for start in range(0, len(todo), AHEAD):
+            groups = [variants(cell) for cell in todo[start : start + AHEAD]]
             cells = [cell for group in groups for cell in group]
             found = attention.prepare(cells, [OURS], a.passes, pool)
             ready = dict(zip(cells, found, strict=True))
             for group in groups:
+                plain = group[0]
+                print(plain, flush=True)
                 # What is timed is let go, to make room.
-                mine = {cell: ready.pop(cell)[OURS] for cell in group}
-                run_group(mine, a, clock, *where)
-
-
-def run_group(
-    group: dict[Cell, Ready],
-    a: argparse.Namespace,
-    clock: _device.Clock,
-    out: Path,
-    meta: dict[str, Any],
-    commit: str,
-) -> None:
-    """Times a cell's variants beside each other; the first is the plain one."""
-    plain = next(iter(group))
-    timed = {(OURS, cell): ready for cell, ready in group.items()}
-    if plain.seq == max(a.seqs):
-        for dtype in ("bfloat16", "float16"):
-            timed[PRODUCT, dataclasses.replace(plain, dtype=dtype)] = product(dtype)
-    print(plain, flush=True)
-    for which in a.passes:
-        rows = []
-        times = attention.measure(timed, which, a.rounds, clock)
-        for (impl, cell), found in times.items():
-            print(f"    {cell.dtype}, {cell.heads}/{cell.heads_kv} of {cell.head_dim}")
-            flops = cell.flops(which) if impl == OURS else 2.0 * ROWS**3
-            rows.append(attention.result(impl, which, cell, found, flops, commit))
-        _results.merge(out, meta, rows)
+                timed = {(OURS, cell): ready.pop(cell)[OURS] for cell in group}
+                if plain.seq == max(a.seqs):
+                    for dtype in ("bfloat16", "float16"):
+                        cell = dataclasses.replace(plain, dtype=dtype)
+                        timed[PRODUCT, cell] = product(dtype)
+                attention.run_cell(timed, a, clock, *where)
 
 
 if __name__ == "__main__":

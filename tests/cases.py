@@ -324,10 +324,11 @@ def blocks_of(size: int) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def quick_compilation() -> Iterator[None]:
-    """Spares XLA's code generator its optimisations: for tests of many small programs."""
+def quick_compilation(quick: bool = True) -> Iterator[None]:
+    """Spares XLA's code generator its optimisations, or does not, whatever the environment
+    says: for tests of many small programs."""
     before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
+    jax.config.update("jax_disable_most_optimizations", quick)
     try:
         yield
     finally:

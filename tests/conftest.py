@@ -53,3 +53,12 @@ def pytest_configure(config: pytest.Config) -> None:
             f"the tests are for the installed jax_flash2, but {folder} was imported; run "
             "`pip install .`, or set JAX_FLASH2_TEST_SOURCE=1 to test the source tree"
         )
+
+
+@pytest.fixture(scope="module")
+def quickly_compiled():
+    """For a module of many small programs: `pytest.mark.usefixtures` asks for it."""
+    from cases import quick_compilation
+
+    with quick_compilation():
+        yield

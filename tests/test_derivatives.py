@@ -20,7 +20,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from jax.test_util import check_grads
 
-from cases import OPTIONS, PAIRS, Case, Inputs, blocks_of, quick_compilation
+from cases import OPTIONS, PAIRS, Case, Inputs, blocks_of
 from compare import assert_close
 from jax_flash2 import flash_attention
 
@@ -78,10 +78,7 @@ GROUPS = (
 )
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quickly_compiled():
-    with quick_compilation():
-        yield
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
 
 
 def dot(a: Any, b: Any) -> jax.Array:
@@ -180,14 +177,7 @@ def test_every_option_is_in_a_group():
     assert {name for group in GROUPS for name in group} == set(OPTIONS)
 
 
-@pytest.mark.parametrize(
-    "group",
-    [
-        pytest.param(g, marks=[pytest.mark.slow] if n % 3 else [])
-        for n, g in enumerate(GROUPS)
-    ],
-    ids="+".join,
-)
+@pytest.mark.parametrize("group", GROUPS, ids="+".join)
 def test_all_derivatives_in_float64(small_blocks, group):
     with jax.enable_x64(True):
         case = Case(group, 19, 21, (2,), 4, 2, 4, 3, dtype="float64")

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cases import blocks_of, quick_compilation
+from cases import blocks_of
 from compare import assert_bitwise_equal, assert_close
 from jax_flash2 import _dropout, flash_attention
 
@@ -16,10 +16,7 @@ BATCH, HEADS, LENGTH = 2, 4, 70  # no multiple of 32 or of a block
 DROPOUT_KEY = jax.random.key(3)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quickly_compiled():
-    with quick_compilation():
-        yield
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
 
 
 # ------------------------------------------------------------------------- the generator

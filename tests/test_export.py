@@ -17,15 +17,11 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jax_flash2
-from cases import Case, quick_compilation
+from cases import Case
 from compare import assert_bitwise_equal
 from jax_flash2 import _ffi, flash_attention
 
-
-@pytest.fixture(scope="module", autouse=True)
-def quickly_compiled():
-    with quick_compilation():
-        yield
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
 
 
 def step(implementation):

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from cases import quick_compilation
 from jax_flash2 import flash_attention
 
 HEAD_DIM = 64
@@ -35,11 +36,9 @@ ARGUMENTS = {
 
 @pytest.fixture(scope="module", autouse=True)
 def fully_compiled():
-    """Whatever spares the other tests compilation: it is the program of use that counts."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", False)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
+    """It is the program that users run whose memory counts."""
+    with quick_compilation(False):
+        yield
 
 
 @functools.cache

@@ -55,7 +55,7 @@ def test_options_together_match_the_reference(group):
 
 
 @pytest.mark.slow
-@hypothesis.settings(max_examples=hypothesis.settings.default.max_examples // 3)
+@hypothesis.settings(max_examples=hypothesis.settings.default.max_examples * 2 // 3)
 @hypothesis.given(
     options=st.sampled_from(PAIRS),
     lengths=st.sampled_from([(7, 30), (30, 7), (20, 20)]),

@@ -16,7 +16,6 @@ pytest.importorskip("flax")
 pytest.importorskip("optax")
 
 
-@pytest.mark.slow
 def test_runs_of_two_calls_start_alike_and_stay_together(tmp_path):
     out = tmp_path / "parity.json"
     command = [

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cases import OPTIONS, Case, covering, quick_compilation, results
+from cases import OPTIONS, Case, covering, results
 from compare import assert_close
 from jax_flash2 import flash_attention
 
@@ -19,10 +19,7 @@ from jax_flash2 import flash_attention
 OPTIONS_WITH_ORACLE = [name for name in OPTIONS if name != "dropout"]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quickly_compiled():
-    with quick_compilation():
-        yield
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
 
 
 def oracle(query, key, value, **given):

@@ -18,7 +18,6 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jax_flash2.linen
-from cases import quick_compilation
 from jax_flash2 import (
     ContextParallel,
     Flash2Attention,
@@ -40,10 +39,7 @@ from test_sharding import AUTO, EXPLICIT, make_mesh, normal
 CAUSAL = AttentionSpec(is_causal=True)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quickly_compiled() -> Any:
-    with quick_compilation():
-        yield
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
 
 
 def on_ring(

@@ -17,7 +17,6 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from cases import quick_compilation
 from jax_flash2 import flash_attention, ring_attention, unzigzag, zigzag
 from test_sharding import AUTO, EXPLICIT, collectives, make_mesh, normal
 
@@ -28,10 +27,7 @@ SIDES = ("sinks", "alibi_slopes")
 DENSE = ("bias",)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quickly_compiled() -> Any:
-    with quick_compilation():
-        yield
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,6 +189,12 @@ PAIRS = [
     for j, other in enumerate(OPTIONS)
     if meets(LAYOUTS[name], OPTIONS[other])
 ]
+
+
+def test_every_layout_and_every_option_is_in_a_quick_pair():
+    quick = [pair.values for pair in PAIRS if not pair.marks]
+    assert {name for name, _ in quick} == set(LAYOUTS)
+    assert {name for _, name in quick} == set(OPTIONS)
 
 
 def arrays(options: Options) -> tuple[dict[str, jax.Array], jax.Array]:

@@ -17,7 +17,6 @@ import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from cases import quick_compilation
 from jax_flash2 import flash_attention
 
 BATCH, LENGTH, HEADS, DIM = 8, 32, 8, 8
@@ -35,10 +34,7 @@ def make_mesh(shape: dict[str, int], kind: AxisType = AUTO) -> Mesh:
     return Mesh(devices.reshape(*shape.values()), tuple(shape), axis_types=kinds)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quickly_compiled() -> Any:
-    with quick_compilation():
-        yield
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -239,6 +235,12 @@ PAIRS = [
     for j, other in enumerate(OPTIONS)
     if meets(LAYOUTS[name], OPTIONS[other])
 ]
+
+
+def test_every_layout_and_every_option_is_in_a_quick_pair():
+    quick = [pair.values for pair in PAIRS if not pair.marks]
+    assert {name for name, _ in quick} == set(LAYOUTS)
+    assert {name for _, name in quick} == set(OPTIONS)
 
 
 @pytest.mark.parametrize(("layout_name", "options_name"), PAIRS)

@@ -10,17 +10,14 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from cases import Case, quick_compilation, results
+from cases import Case, results
 from compare import assert_all_close, assert_bitwise_equal, assert_close
 from jax_flash2 import flash_attention
 
 blockwise = functools.partial(flash_attention, implementation="blockwise")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quickly_compiled():
-    with quick_compilation():
-        yield
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
 
 
 def count(jaxpr, *names):
