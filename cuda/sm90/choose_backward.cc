@@ -23,8 +23,8 @@ bool first_stores(const BackwardProblem& p, int32_t head_dim, bool masked) {
   // A group's add to the same sums besides, unless nobody waits: KeyTile::first_of_group.
   const bool grouped = p.heads_q >= 4 * p.heads_kv;
   const int64_t tiles = p.seq_kv / 128;  // of a head
-  if (head_dim == 128) return tiles < (grouped ? 16 : masked ? 32 : 64);
-  return tiles < (grouped ? 64 : 128);
+  if (head_dim == 128) return tiles < (grouped ? (masked ? 16 : 1) : masked ? 32 : 64);
+  return tiles < (grouped ? (masked ? 64 : 32) : masked ? 128 : 256);
 }
 
 // Some eight tiles of a head at work at once share its Q and dO, and wait little for their turn.
@@ -44,11 +44,10 @@ void choose_tile(const BackwardProblem& p, BackwardPlan* plan) {
   const bool masked = has_masks(p) || p.seq_kv % 128 != 0;
   // Elsewhere a kernel for it would be no faster.
   const bool deterministic = p.deterministic && masked && plan->head_dim == 128;
-  // 80 query rows a step: 1 % faster at 1024 rows, 4 to 6 % at 2048 and beyond; in groups slower
-  // at 1024. Made for whole panels.
-  const int64_t enough = p.heads_q >= 4 * p.heads_kv ? 2 * kLongRows : kLongRows;
-  const bool large =
-      plan->head_dim == 128 && p.head_dim == 128 && !masked && p.seq_q >= enough && !p.dscale_rows;
+  // 80 query rows a step: 1 to 2 % faster at 1024 rows, 4 to 6 % at 2048 and beyond. Made for
+  // whole panels.
+  const bool large = plan->head_dim == 128 && p.head_dim == 128 && !masked &&
+                     p.seq_q >= kLongRows && !p.dscale_rows;
   const bool first = first_stores(p, plan->head_dim, masked);
   const bool turns = pair && (first || p.deterministic);
   for (int i = 0; i < kBackwardTileCount; ++i) {
