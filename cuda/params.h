@@ -78,6 +78,7 @@ struct BackwardParams {
   Divisor round;       // of key tiles at work at once
   bool sections_turn;  // BackwardPlan
   int32_t group;       // query heads per key head
+  uint32_t zero = 0;   // the compiler does not know
 };
 
 }  // namespace flash2

@@ -37,6 +37,9 @@ __device__ __forceinline__ void consume(
   constexpr int kBlocks = kTransposed ? kQ / 8 : 8;  // of dQ, 16 x 8, in a warp
   // dQ, dV and dK of a step start together; else dK when dV is done.
   constexpr bool kTogether = kByRows || kTransposed;
+  // Logsumexps come before a step's products, exponentials before the wait for dP. At head_dim 64
+  // it lost 2 %: they take 32 registers there.
+  constexpr bool kEarly = kD == 128;
   constexpr int kBoth = 1;  // the named barrier of both consumers
   const BackwardProblem& p = params.problem;
   const int lane = threadIdx.x % 32, thread = threadIdx.x % 128;
@@ -69,7 +72,6 @@ __device__ __forceinline__ void consume(
   // To a storer. Where they take every second step each, even and odd steps have barriers of their
   // own.
   const auto hand_over = [&] {
-    ptx::fence_async_shared();
     __syncwarp();
     release(smem.dquery_full(consumer, odd));
     if (kT.deterministic) odd ^= 1;
@@ -77,6 +79,10 @@ __device__ __forceinline__ void consume(
   // Named barriers, of a consumer and a stage of dS: its half is there, and it has read the other
   // stage. It arrives, the other one waits.
   const auto ds_ready = [&](int of, uint32_t at) { return 2 + 2 * static_cast<int>(at) + of; };
+  // The other consumer has stored its dS that lies at `at`, and has read the other stage.
+  const auto wait_other_ds = [&](uint32_t at, uint32_t nothing = 0) {
+    ptx::barrier_sync(ds_ready(1 - consumer, at) + nothing, 256);
+  };
   // dQ of the step whose dS lies at `at`.
   const auto start_dquery = [&](auto& dquery, uint32_t at) {
     ptx::wgmma_fence();
@@ -111,6 +117,9 @@ __device__ __forceinline__ void consume(
     constexpr bool kCut = decltype(cut)::value, kFirst = decltype(first)::value;
     const uint32_t stage = ring.stage, shift = stage * kT.stage_bytes();
     ptx::mbarrier_wait(smem.query_full(stage), ring.parity);
+    float2 lse2[kQ / 8], delta[kQ / 8];
+    // A load behind products in the queue waits until these have read their operands.
+    if constexpr (kEarly) load_columns(lse2, smem.lse2(stage));
     ptx::wgmma_fence();
 #pragma unroll
     for (int k = 0; k < kD / 16; ++k) {
@@ -133,20 +142,28 @@ __device__ __forceinline__ void consume(
 
     ptx::wgmma_wait<1>();
     ptx::pin(s);
-    to_probabilities(s, smem.lse2(stage), factor);
+    if constexpr (!kEarly) load_columns(lse2, smem.lse2(stage));
+    to_probabilities(s, lse2, factor);
     if constexpr (kCut) {
       mask_probabilities(s, p, tile, tile.first_key() + consumer * 64 + warp * 16 + lane / 4,
                          query_tile * kQ);
     }
+    // Depends on all exponentials, but only in name: the assembler, which lifts the wait for dP
+    // over arithmetic, cannot lift it over a barrier.
+    if constexpr (kEarly && !kFirst) wait_other_ds(ds_stage ^ 1, bits_of(s) & params.zero);
     ptx::wgmma_wait<0>();
     ptx::pin(dp);
-    to_operands<kType>(s, dp, smem.delta(stage), probabilities, ds);
-    if constexpr (!kFirst) ptx::barrier_sync(ds_ready(1 - consumer, ds_stage ^ 1), 256);
+    load_columns(delta, smem.delta(stage));
+    to_dscores<kType>(s, dp, delta, ds);
+    pack_all<kType>(s, probabilities);
+    if constexpr (!kEarly && !kFirst) wait_other_ds(ds_stage ^ 1);
+    // For dQ, which reads dS of the step before. Its writers would wait for their stores; here
+    // nothing is under way. (In a first step it has no purpose: without it there, C7511.)
+    ptx::fence_async_shared();
 #pragma unroll
     for (int k = 0; k < kQ / 16; ++k) {
       ptx::store_matrix_x4_transposed(ds_to + ds_stage * kT.ds_bytes() + k * 2048, ds[k]);
     }
-    ptx::fence_async_shared();
 
     const auto start_dvalue = [&] {
 #pragma unroll
@@ -199,7 +216,8 @@ __device__ __forceinline__ void consume(
   };
   // dQ of a tile's last step.
   const auto finish = [&] {
-    ptx::barrier_sync(ds_ready(1 - consumer, ds_stage ^ 1), 256);
+    wait_other_ds(ds_stage ^ 1);
+    ptx::fence_async_shared();
     start_dquery(dquery_beside, ds_stage ^ 1);
     ptx::wgmma_wait<0>();
     hand_dquery_over(dquery_beside);

@@ -62,6 +62,8 @@ __device__ __forceinline__ void consume_probabilities(const PairConsumer<kTile, 
       if (clear < Consumer::kQ && query_tile == c.tile.end - 1) c.clear_queries(ring, clear);
     }
     ptx::mbarrier_wait(smem.query_full(stage), ring.parity);
+    float2 lse2[Consumer::kQ / 8];
+    load_columns(lse2, smem.lse2(stage));  // behind products they would wait for these
     ptx::wgmma_fence();
     c.start_scores(s, smem.key(), smem.query(stage));
     if constexpr (!kFirst) {
@@ -71,7 +73,7 @@ __device__ __forceinline__ void consume_probabilities(const PairConsumer<kTile, 
     }
     ptx::wgmma_wait<kFirst ? 0 : 1>();
     ptx::pin(s);
-    to_probabilities(s, smem.lse2(stage), factor);
+    to_probabilities(s, lse2, factor);
     if constexpr (Consumer::kT.masked) {
       if (query_tile < whole_begin || query_tile >= whole_end) {
         mask_probabilities(s, p, c.tile, first_key + c.warp() * 16 + c.lane() / 4,
@@ -79,13 +81,12 @@ __device__ __forceinline__ void consume_probabilities(const PairConsumer<kTile, 
       }
     }
     ptx::pin(s);  // stay float32 until dQ is gone: 240 registers are few
-    c.release(smem.query_empty(stage));
+    // After all exponentials, in name: the assembler would put them behind the wait for dQ.
+    c.release(smem.query_empty(stage) + (bits_of(s) & c.params.zero));
     if constexpr (!kFirst) {
       ptx::wgmma_wait<0>();
       ptx::pin(dquery);
       c.release(smem.ds_empty());
-      c.add_dquery(dquery, before, stage ^ 1);
-      before.next(c.params, c.walk);
     }
     // Nobody reads dS any more, and the copy to the other block has left.
     ptx::mbarrier_wait(smem.ds_empty(), stage ^ 1);
@@ -102,6 +103,10 @@ __device__ __forceinline__ void consume_probabilities(const PairConsumer<kTile, 
     }
     __syncwarp();
     if (c.lane() == 0) ptx::mbarrier_arrive(smem.p_full());
+    if constexpr (!kFirst) {  // after P, for which the other consumer waits
+      c.add_dquery(dquery, before, stage ^ 1);
+      before.next(c.params, c.walk);
+    }
     pack_all<kType>(s, probabilities);
     ptx::mbarrier_wait(smem.dout_full(stage), ring.parity);
     ptx::wgmma_fence();
@@ -167,8 +172,11 @@ __device__ __forceinline__ void consume_scores(const PairConsumer<kTile, kType>&
       c.add_dquery(dquery, before, stage ^ 1);
       before.next(c.params, c.walk);
     }
+    // With masks, where ptxas then moves more, 1 % slower before the wait than after it.
+    float2 delta[Consumer::kQ / 8];
+    if constexpr (!Consumer::kT.masked) load_columns(delta, smem.delta(stage));
     ptx::mbarrier_wait(smem.p_full(), stage);
-    const uint32_t deltas = smem.delta(stage) + c.lane() % 4 * 8;
+    if constexpr (Consumer::kT.masked) load_columns(delta, smem.delta(stage));
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
       uint32_t words[4];
@@ -176,10 +184,9 @@ __device__ __forceinline__ void consume_scores(const PairConsumer<kTile, kType>&
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
         const int j = 2 * k + e / 2, at_dp = 4 * j + e % 2 * 2;
-        const float2 d = ptx::load_shared_8(deltas + j * 32);
         const float2 prob = ptx::unpack<DataType::kFloat16>(words[e]);
-        ds[k][e] = ptx::pack<kType>(prob.x * fmaf(dp[at_dp], kProbabilityUnit, -d.x),
-                                    prob.y * fmaf(dp[at_dp + 1], kProbabilityUnit, -d.y));
+        ds[k][e] = ptx::pack<kType>(prob.x * fmaf(dp[at_dp], kProbabilityUnit, -delta[j].x),
+                                    prob.y * fmaf(dp[at_dp + 1], kProbabilityUnit, -delta[j].y));
       }
     }
     c.release(smem.dout_empty(stage));

@@ -190,6 +190,7 @@ struct BackwardStorer {
     } else {
       ptx::mbarrier_wait(smem.dquery_full(consumer), step % 2);
     }
+    ptx::fence_async_shared();  // not by the consumer, whom its stores would keep waiting
   }
 
   // The dQ of a step.

@@ -30,20 +30,38 @@ __device__ __forceinline__ uint4 words_of(float a, float b, float c, float d) {
   return {__float_as_uint(a), __float_as_uint(b), __float_as_uint(c), __float_as_uint(d)};
 }
 
+// What the columns of a thread have beside them, logsumexps or deltas: of[j] of queries
+// 8 j + 2 (lane % 4) and the next.
+template <int kBlocks>
+__device__ __forceinline__ void load_columns(float2 (&of)[kBlocks], uint32_t from) {
+#pragma unroll
+  for (int j = 0; j < kBlocks; ++j) {
+    of[j] = ptx::load_shared_8(from + threadIdx.x % 4 * 8 + j * 32);
+  }
+}
+
 // P^T from S^T, both in place; times 2^kProbabilityExponent, which is inside the logsumexps.
 template <int kRegisters>
-__device__ __forceinline__ void to_probabilities(float (&s)[kRegisters], uint32_t lse2,
+__device__ __forceinline__ void to_probabilities(float (&s)[kRegisters],
+                                                 const float2 (&lse2)[kRegisters / 4],
                                                  float factor) {
-  const uint32_t from = lse2 + threadIdx.x % 4 * 8;
 #pragma unroll
   for (int j = 0; j < kRegisters / 4; ++j) {
-    const float2 base = ptx::load_shared_8(from + j * 32);
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      s[4 * j + 2 * r] = ptx::exp2(fmaf(s[4 * j + 2 * r], factor, -base.x));
-      s[4 * j + 2 * r + 1] = ptx::exp2(fmaf(s[4 * j + 2 * r + 1], factor, -base.y));
+      s[4 * j + 2 * r] = ptx::exp2(fmaf(s[4 * j + 2 * r], factor, -lse2[j].x));
+      s[4 * j + 2 * r + 1] = ptx::exp2(fmaf(s[4 * j + 2 * r + 1], factor, -lse2[j].y));
     }
   }
+}
+
+// A number that depends on all of them.
+template <int kRegisters>
+__device__ __forceinline__ uint32_t bits_of(const float (&s)[kRegisters]) {
+  uint32_t bits = 0;
+#pragma unroll
+  for (int i = 0; i < kRegisters; ++i) bits |= __float_as_uint(s[i]);
+  return bits;
 }
 
 // Zeros where a row does not see a key. Probabilities and not scores: a scale may be negative or
@@ -67,23 +85,21 @@ __device__ __forceinline__ void mask_probabilities(float (&s)[kRegisters], const
   }
 }
 
-// P^T and dS^T = P^T (dP^T - delta), packed as A operands of k16 steps. dS loses the factor that P
-// has; deltas have it already.
+// dS^T = P^T (dP^T - delta), packed as A operands of k16 steps. It loses the factor that P has;
+// deltas have it already.
 template <DataType kType, int kRegisters>
-__device__ __forceinline__ void to_operands(const float (&s)[kRegisters],
-                                            const float (&dp)[kRegisters], uint32_t delta,
-                                            uint32_t (&probabilities)[kRegisters / 8][4],
-                                            uint32_t (&ds)[kRegisters / 8][4]) {
-  const uint32_t from = delta + threadIdx.x % 4 * 8;
+__device__ __forceinline__ void to_dscores(const float (&s)[kRegisters],
+                                           const float (&dp)[kRegisters],
+                                           const float2 (&delta)[kRegisters / 4],
+                                           uint32_t (&ds)[kRegisters / 8][4]) {
 #pragma unroll
   for (int j = 0; j < kRegisters / 4; ++j) {
-    const float2 d = ptx::load_shared_8(from + j * 32);
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const int e = 4 * j + 2 * r, word = j % 2 * 2 + r;
-      probabilities[j / 2][word] = ptx::pack<kType>(s[e], s[e + 1]);
-      ds[j / 2][word] = ptx::pack<kType>(s[e] * fmaf(dp[e], kProbabilityUnit, -d.x),
-                                         s[e + 1] * fmaf(dp[e + 1], kProbabilityUnit, -d.y));
+      const int e = 4 * j + 2 * r;
+      ds[j / 2][j % 2 * 2 + r] =
+          ptx::pack<kType>(s[e] * fmaf(dp[e], kProbabilityUnit, -delta[j].x),
+                           s[e + 1] * fmaf(dp[e + 1], kProbabilityUnit, -delta[j].y));
     }
   }
 }
