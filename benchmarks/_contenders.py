@@ -32,10 +32,15 @@ class Cell:
     batch: int
     heads: int
     heads_kv: int
+    documents: int | None = None  # as long as each other, packed into a row; one
+    deterministic: bool = False  # the backward
 
     @property
     def scores(self) -> float:
         """Visible pairs of query and key, as the papers count: causal is one half."""
+        if self.documents is not None:
+            parts = dict(seq=self.seq // self.documents, documents=None)
+            return self.documents * dataclasses.replace(self, **parts).scores
         if self.window is not None:
             rows = min(self.window, self.seq)
             return rows * self.seq - rows * (rows - 1) / 2
@@ -120,10 +125,16 @@ def flash2(implementation: str, cell: Cell, passes: list[str]) -> Ready:
     import jax_flash2
 
     window = None if cell.window is None else (cell.window - 1, None)
+    ids = None
+    if cell.documents is not None:
+        row = np.arange(cell.seq, dtype=np.int32) // (cell.seq // cell.documents)
+        ids = jnp.asarray(np.broadcast_to(row + 1, (cell.batch, cell.seq)))
     call = functools.partial(
         jax_flash2.flash_attention,
         is_causal=cell.causal,
         local_window_size=window,
+        query_segment_ids=ids,
+        deterministic_backward=cell.deterministic,
         implementation=implementation,
     )
     return _jax(call, cell, passes)

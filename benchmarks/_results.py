@@ -23,6 +23,8 @@ KEY = (
     "batch",
     "heads",
     "heads_kv",
+    "documents",
+    "deterministic",
 )
 PACKAGES = (
     "jax",
@@ -37,7 +39,7 @@ PACKAGES = (
 
 
 def key(row: dict[str, Any]) -> tuple[Any, ...]:
-    return tuple(row.get(name) for name in KEY)
+    return tuple(row.get(name) or None for name in KEY)  # False as if it were not said
 
 
 def read(path: Path) -> dict[str, Any]:

@@ -13,8 +13,9 @@ KERNELS = {80: 128, 96: 128, 192: 256}
 
 def place(row: dict[str, Any]) -> tuple[Any, ...]:
     """What a row shares with the plain one that was timed in turns with it."""
-    head_dim = row["head_dim"]
-    return row["pass"], KERNELS.get(head_dim, head_dim), row["causal"], row["seq"]
+    head_dim, documents = row["head_dim"], row.get("documents") or 1
+    seq = row["seq"] // documents
+    return row["pass"], KERNELS.get(head_dim, head_dim), row["causal"], seq
 
 
 def variant(row: dict[str, Any]) -> str | None:
@@ -24,6 +25,10 @@ def variant(row: dict[str, Any]) -> str | None:
         if row["dtype"] != "bfloat16":
             return f"XLA's matrix product, {row['dtype']}, over bfloat16"
         return f"head_dim {head_dim}, over XLA's matrix product"
+    if row.get("documents"):
+        return "16384 tokens of packed documents, over rows of their own"
+    if row.get("deterministic"):
+        return "deterministic, over not"
     if head_dim in KERNELS:
         return f"head_dim {head_dim}, over {KERNELS[head_dim]}"
     if group > 1:

@@ -76,6 +76,9 @@ def _dense(q: Any, k: Any, v: Any, cell: Cell, rounded: Any) -> jax.Array:
         s = jnp.where(j <= i, s, -jnp.inf)
     if cell.window is not None:
         s = jnp.where(j > i - cell.window, s, -jnp.inf)
+    if cell.documents is not None:
+        length = cell.seq // cell.documents
+        s = jnp.where(i // length == j // length, s, -jnp.inf)
     # Not a cast there and back, which XLA leaves out on a GPU.
     bits = jnp.finfo(rounded)
     p = jax.lax.reduce_precision(jax.nn.softmax(s, axis=-1), bits.nexp, bits.nmant)
@@ -288,33 +291,34 @@ def main() -> None:
                 cell, found = some.pop(0), ready.pop(0)
                 print(cell, flush=True)
                 mine = {(name, cell): one for name, one in found.items()}
-                run_cell(mine, a, clock, *where)
+                for which in a.passes:
+                    run_cell(mine, which, a.rounds, clock, *where)
 
 
 def run_cell(
     ready: dict[tuple[str, Cell], Ready],
-    a: argparse.Namespace,
+    which: str,
+    rounds: int,
     clock: _device.Clock,
     out: Path,
     meta: dict[str, Any],
     commit: str,
 ) -> None:
-    """Times whom it is given, by name and setting, in turns, and adds their rows."""
-    for which in a.passes:
-        rows = []
-        for (impl, cell), times in measure(ready, which, a.rounds, clock).items():
-            flops = ready[impl, cell].flops or cell.flops(which)
-            tflops = flops / times["ms"] * 1e-9
-            size = f"{cell.heads}/{cell.heads_kv} x {cell.head_dim} {cell.dtype}"
-            print(
-                f"  {which} {impl:16} {size:22} {times['ms']:9.4f} ms {tflops:6.0f}"
-                f" TFLOP/s at {times['sm_mhz'] or 0:.0f} MHz",
-                flush=True,
-            )
-            row = {"impl": impl, "pass": which, **vars(cell)}
-            row |= {k: v if v is None else round(v, 5) for k, v in times.items()}
-            rows.append(row | {"tflops": round(tflops, 1), "commit": commit})
-        _results.merge(out, meta, rows)
+    """Times a pass of whom it is given, by name and setting, in turns, and adds their rows."""
+    rows = []
+    for (impl, cell), times in measure(ready, which, rounds, clock).items():
+        flops = ready[impl, cell].flops or cell.flops(which)
+        tflops = flops / times["ms"] * 1e-9
+        size = f"{cell.heads}/{cell.heads_kv} x {cell.head_dim} {cell.dtype}"
+        print(
+            f"  {which} {impl:16} {size:22} {times['ms']:9.4f} ms {tflops:6.0f}"
+            f" TFLOP/s at {times['sm_mhz'] or 0:.0f} MHz",
+            flush=True,
+        )
+        row = {"impl": impl, "pass": which, **vars(cell)}
+        row |= {k: v if v is None else round(v, 5) for k, v in times.items()}
+        rows.append(row | {"tflops": round(tflops, 1), "commit": commit})
+    _results.merge(out, meta, rows)
 
 
 if __name__ == "__main__":

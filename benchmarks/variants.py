@@ -1,4 +1,5 @@
-"""What float16, grouped queries and other head sizes cost beside bfloat16 and plain heads.
+"""What float16, grouped queries, packing, determinism and other head sizes cost beside
+bfloat16, plain heads, rows of their own and sums in any order.
 
 The papers' setting and the way to time of attention.py: of each cell all variants run in this
 process, in turns. ``xla_dot`` is XLA's product of two matrices of 8192 rows and columns, in both
@@ -49,6 +50,10 @@ def variants(plain: Cell) -> list[Cell]:
         found.append(
             dataclasses.replace(plain, head_dim=size, heads=heads, heads_kv=heads)
         )
+    found.append(dataclasses.replace(plain, deterministic=True))
+    if plain.batch > 1:  # its rows as documents of one
+        one = dict(seq=plain.seq * plain.batch, batch=1, documents=plain.batch)
+        found.append(dataclasses.replace(plain, **one))
     return found
 
 
@@ -94,7 +99,13 @@ def main() -> None:
                     for dtype in ("bfloat16", "float16"):
                         cell = dataclasses.replace(plain, dtype=dtype)
                         timed[PRODUCT, cell] = product(dtype)
-                attention.run_cell(timed, a, clock, *where)
+                for which in a.passes:
+                    differ = {
+                        key: one
+                        for key, one in timed.items()
+                        if which == "bwd" or not key[1].deterministic
+                    }
+                    attention.run_cell(differ, which, a.rounds, clock, *where)
 
 
 if __name__ == "__main__":
