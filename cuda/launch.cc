@@ -10,8 +10,10 @@
 #include "params.h"
 #include "plan.h"
 #include "problem.h"
+#include "segment_intervals.h"
 #include "sm80/kernels.h"
 #include "sm80/tiles.h"
+#include "sm90/choose.h"
 
 namespace flash2 {
 
@@ -50,6 +52,14 @@ int launch_forward(const ForwardProblem& problem, const ForwardPlan& plan, void*
                    CUstream_st* stream) {
   if (plan.status != PlanStatus::kOk) return cudaErrorInvalidValue;
   if (plan.empty) return cudaSuccess;
+  if (plan.family == 90 && !plan.otherwise.empty()) {
+    ForwardProblem found = problem;
+    char* segments = static_cast<char*>(workspace) + sm90::kCounterBytes;
+    if (workspace == nullptr) return cudaErrorInvalidValue;
+    if (int error = find_segment_intervals(&found, segments, stream)) return error;
+    if (int error = sm90::launch_forward(found, plan, workspace, stream)) return error;
+    return launch_forward(found, plan.otherwise.front(), nullptr, stream);
+  }
   if (plan.family == 90) return sm90::launch_forward(problem, plan, workspace, stream);
   const bool bfloat16 = problem.data_type == DataType::kBFloat16;
   const void* kernel =

@@ -12,6 +12,7 @@
 #include "params.h"
 #include "plan.h"
 #include "problem.h"
+#include "segment_intervals.h"
 #include "sm80/kernels.h"
 #include "sm80/tiles.h"
 
@@ -23,38 +24,66 @@ Divisor divisor(int64_t size) {
   return Divisor(static_cast<uint32_t>(std::max<int64_t>(size, 1)));
 }
 
+BackwardParams make_params(const BackwardProblem& problem, const BackwardPlan& plan, char* base) {
+  const BackwardWorkspace& w = plan.workspace;
+  // Without query rows nothing is added, and nobody would set the counters to 0.
+  const bool waits = (plan.family == 90 || problem.deterministic) && plan.rows_grid != 0;
+  return {problem,
+          reinterpret_cast<float*>(base + w.dquery),
+          reinterpret_cast<float*>(base + w.lse2),
+          reinterpret_cast<float*>(base + w.delta),
+          waits ? reinterpret_cast<int32_t*>(base + w.turns) : nullptr,
+          reinterpret_cast<int32_t*>(base + w.finished),
+          reinterpret_cast<int32_t*>(base + w.ticket),
+          plan.first_stores,
+          plan.transposed_sums,
+          plan.finish_inside,
+          static_cast<uint32_t>(w.rows_per_head),
+          static_cast<uint32_t>(plan.tiles_kv),
+          static_cast<uint32_t>(problem.batch) * problem.heads_kv,
+          divisor(plan.section),
+          divisor(plan.section * plan.tiles_kv),
+          divisor(problem.heads_kv),
+          divisor(w.rows_per_head / kRowPadding),
+          divisor(problem.heads_q),
+          divisor(plan.round),
+          plan.sections_turn,
+          problem.heads_q / std::max(problem.heads_kv, 1)};
+}
+
+// The main kernel of the sm80 family.
+int launch_sm80(const BackwardProblem& problem, const BackwardPlan& plan, BackwardParams params,
+                CUstream_st* stream) {
+  if (plan.grid == 0) return cudaSuccess;
+  const bool bfloat16 = problem.data_type == DataType::kBFloat16;
+  const void* kernel =
+      find_kernel(problem.data_type, plan.head_dim, [&](auto head_dim, auto type) {
+        return sm80::backward_kernel<head_dim(), type()>(plan.variant, plan.general);
+      });
+  if (kernel == nullptr) return cudaErrorInvalidDeviceFunction;
+  static_assert(4 * sm80::kBackwardTileCount <= 64);
+  static SmemAllowance allowance;
+  const int bit = 4 * plan.variant + 2 * bfloat16 + plan.general;
+  if (int error = allowance.ask(kernel, bit, plan.smem_bytes)) return error;
+  void* arguments[] = {&params};
+  return cudaLaunchKernel(kernel, dim3(plan.grid), dim3(plan.block), arguments, plan.smem_bytes,
+                          stream);
+}
+
 }  // namespace
 
 int launch_backward(const BackwardProblem& problem, const BackwardPlan& plan, void* workspace,
                     CUstream_st* stream) {
   if (plan.status != PlanStatus::kOk) return cudaErrorInvalidValue;
-  const bool bfloat16 = problem.data_type == DataType::kBFloat16;
-  const BackwardWorkspace& w = plan.workspace;
   char* base = static_cast<char*>(workspace);
   const bool hopper = plan.family == 90;
-  // Without query rows nothing is added, and nobody would set the counters to 0.
-  const bool waits = (hopper || problem.deterministic) && plan.rows_grid != 0;
-  BackwardParams params{problem,
-                        reinterpret_cast<float*>(base + w.dquery),
-                        reinterpret_cast<float*>(base + w.lse2),
-                        reinterpret_cast<float*>(base + w.delta),
-                        waits ? reinterpret_cast<int32_t*>(base + w.turns) : nullptr,
-                        reinterpret_cast<int32_t*>(base + w.finished),
-                        reinterpret_cast<int32_t*>(base + w.ticket),
-                        plan.first_stores,
-                        plan.transposed_sums,
-                        plan.finish_inside,
-                        static_cast<uint32_t>(w.rows_per_head),
-                        static_cast<uint32_t>(plan.tiles_kv),
-                        static_cast<uint32_t>(problem.batch) * problem.heads_kv,
-                        divisor(plan.section),
-                        divisor(plan.section * plan.tiles_kv),
-                        divisor(problem.heads_kv),
-                        divisor(w.rows_per_head / kRowPadding),
-                        divisor(problem.heads_q),
-                        divisor(plan.round),
-                        plan.sections_turn,
-                        problem.heads_q / std::max(problem.heads_kv, 1)};
+  BackwardProblem found = problem;
+  if (!plan.otherwise.empty()) {
+    if (int error = find_segment_intervals(&found, base + plan.workspace.segments, stream)) {
+      return error;
+    }
+  }
+  BackwardParams params = make_params(found, plan, base);
   void* arguments[] = {&params};
   // `early`: may begin, as far as it waits by itself, before the kernel before it has ended.
   const auto rows = [&](const void* kernel, int threads, bool early) {
@@ -72,26 +101,19 @@ int launch_backward(const BackwardProblem& problem, const BackwardPlan& plan, vo
     return cudaLaunchKernelExC(&config, kernel, arguments);
   };
 
-  cudaError_t error =
-      rows(prepare_rows_kernel(problem.data_type, plan.head_dim), kPrepareThreads, false);
-  if (error != cudaSuccess) return error;
+  if (int error =
+          rows(prepare_rows_kernel(problem.data_type, plan.head_dim), kPrepareThreads, false)) {
+    return error;
+  }
   if (hopper) {
-    const int failed = sm90::launch_backward(problem, plan, params, stream);
-    if (failed != cudaSuccess) return failed;
-  } else if (plan.grid != 0) {
-    const void* kernel =
-        find_kernel(problem.data_type, plan.head_dim, [&](auto head_dim, auto type) {
-          return sm80::backward_kernel<head_dim(), type()>(plan.variant, plan.general);
-        });
-    if (kernel == nullptr) return cudaErrorInvalidDeviceFunction;
-    static_assert(4 * sm80::kBackwardTileCount <= 64);
-    static SmemAllowance allowance;
-    const int bit = 4 * plan.variant + 2 * bfloat16 + plan.general;
-    error = allowance.ask(kernel, bit, plan.smem_bytes);
-    if (error != cudaSuccess) return error;
-    error = cudaLaunchKernel(kernel, dim3(plan.grid), dim3(plan.block), arguments, plan.smem_bytes,
-                             stream);
-    if (error != cudaSuccess) return error;
+    if (int error = sm90::launch_backward(found, plan, params, stream)) return error;
+  }
+  for (const BackwardPlan& otherwise : plan.otherwise) {
+    const BackwardParams same = make_params(found, otherwise, base);
+    if (int error = launch_sm80(found, otherwise, same, stream)) return error;
+  }
+  if (!hopper) {
+    if (int error = launch_sm80(found, plan, params, stream)) return error;
   }
   if (plan.finish_inside) return cudaSuccess;
   return rows(finish_rows_kernel(problem.data_type, plan.head_dim), kFinishThreads, hopper);

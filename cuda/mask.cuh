@@ -2,7 +2,8 @@
 //
 // Causal, prefix, window, chunk and length masks leave one interval of keys per row, and both of
 // its ends rise with the row. That gives the block range of a tile and tells which blocks need a
-// mask at all. Segment ids are no interval; they narrow the range and mask the blocks left.
+// mask at all. Segment ids are no interval; they narrow the range and mask the blocks left. Where
+// they are packed they are one, and Problem has it.
 #pragma once
 
 #include <cstdint>
@@ -11,10 +12,9 @@
 
 namespace flash2 {
 
-struct Interval {
-  int begin;
-  int end;
-};
+__device__ __forceinline__ Interval meet(Interval a, Interval b) {
+  return {max(a.begin, b.begin), min(a.end, b.end)};
+}
 
 __device__ __forceinline__ int floor_multiple(int value, int unit) {
   const int quotient = value / unit;
@@ -72,6 +72,24 @@ struct Visibility {
   }
 };
 
+// The keys with the segment id of a query row, the rows with that of a key: where Problem has
+// them.
+__device__ __forceinline__ Interval segment_keys_of(const Problem& p, int batch, int row) {
+  return p.row_keys[int64_t{batch} * p.seq_q + min(row, p.seq_q - 1)];
+}
+__device__ __forceinline__ Interval segment_rows_of(const Problem& p, int batch, int key) {
+  return p.key_rows[int64_t{batch} * p.seq_kv + min(key, p.seq_kv - 1)];
+}
+
+// Whether kernels of the family have this call's work to do (Problem::packed). By whole warps.
+template <int kFamily>
+__device__ __forceinline__ bool has_work(const Problem& p) {
+  if (p.packed == nullptr) return true;
+  int packed = 1;
+  for (int i = threadIdx.x % 32; i < p.packed_count; i += 32) packed &= p.packed[i];
+  return (__all_sync(~0u, packed) != 0) == (kFamily == 90);
+}
+
 // Visibility::row with what all rows of a tile have in common computed once. A bound that the call
 // lacks lies out of reach, so that only chunks take a branch. Row by row it would take more
 // registers than the branches do, which the sm80 kernels lack.
@@ -128,11 +146,13 @@ struct BlockRange {
   int whole_bottom;
 
   __device__ __forceinline__ BlockRange(const Problem& p, const Visibility& visibility, int first,
-                                        int last) {
-    const Interval a = visibility.row(p, first), b = visibility.row(p, last);
+                                        int last)
+      : BlockRange(visibility.row(p, first), visibility.row(p, last), first <= last) {}
+  // Of what the first and the last of some rows see.
+  __device__ __forceinline__ BlockRange(Interval a, Interval b, bool some_rows) {
     const int bottom = a.begin / kTileKv;
     top = (max(b.end, 0) + kTileKv - 1) / kTileKv;
-    total = first <= last ? max(top - bottom, 0) : 0;
+    total = some_rows ? max(top - bottom, 0) : 0;
     whole_bottom = (b.begin + kTileKv - 1) / kTileKv;
     whole_top = max(a.end, 0) / kTileKv;
     const bool some_whole = whole_bottom < whole_top && total > 0;

@@ -37,8 +37,9 @@ nb::tuple driver_cuda() {
   return nb::make_tuple(version / 1000, version % 1000 / 10);
 }
 
-int64_t backward_workspace_bytes(int64_t batch, int64_t heads_q, int64_t seq_q, int64_t head_dim) {
-  return flash2::backward_workspace(batch, heads_q, seq_q, head_dim).bytes;
+int64_t backward_workspace_bytes(int64_t batch, int64_t heads_q, int64_t seq_q, int64_t head_dim,
+                                 int64_t seq_kv, bool segments) {
+  return flash2::backward_workspace(batch, heads_q, seq_q, head_dim, seq_kv, segments).bytes;
 }
 
 }  // namespace
@@ -46,6 +47,8 @@ int64_t backward_workspace_bytes(int64_t batch, int64_t heads_q, int64_t seq_q, 
 NB_MODULE(_cuda, m) {
   m.def("registrations", &registrations, "FFI targets by name, as capsules.");
   m.def("build_info", &build_info, "Compiler, CUDA, architectures, and FFI version.");
+  m.def("forward_workspace_bytes", &flash2::forward_workspace_bytes,
+        "What the forward wants as its workspace at most, on any GPU.");
   m.def("backward_workspace_bytes", &backward_workspace_bytes,
         "What the backward wants as its workspace, on any GPU.");
   m.def("driver_cuda", &driver_cuda, "The newest CUDA that the installed driver serves.");

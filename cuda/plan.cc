@@ -64,8 +64,23 @@ int32_t bucket(const Problem& p) {
   return widest <= 64 ? 64 : widest <= 128 ? 128 : 256;
 }
 
-bool is_general(const Problem& p) {
-  return p.soft_cap > 0.0f || p.alibi_slopes.data || p.query_segment_ids.data;
+bool bends_scores(const Problem& p) { return p.soft_cap > 0.0f || p.alibi_slopes.data; }
+
+bool is_general(const Problem& p) { return bends_scores(p) || p.query_segment_ids.data; }
+
+SegmentWorkspace segment_workspace(int64_t batch, int64_t seq_q, int64_t seq_kv) {
+  SegmentWorkspace w;
+  const int64_t longest = std::max(seq_q, seq_kv);
+  w.blocks = static_cast<int32_t>((longest + kSegmentRows - 1) / kSegmentRows);
+  w.row_keys = (batch * w.blocks * 4 + 15) / 16 * 16;
+  w.key_rows = w.row_keys + batch * seq_q * 8;
+  w.bytes = w.key_rows + batch * seq_kv * 8;
+  return w;
+}
+
+int64_t forward_workspace_bytes(int64_t batch, int64_t seq_q, int64_t seq_kv, bool segments) {
+  return static_cast<int64_t>(sm90::kCounterBytes) +
+         (segments ? segment_workspace(batch, seq_q, seq_kv).bytes : 0);
 }
 
 bool is_uneven(const Problem& p) {
@@ -169,6 +184,15 @@ ForwardPlan plan_forward(const Device& device, const ForwardProblem& p, int32_t 
     plan.grid = static_cast<uint32_t>(std::min<int64_t>(tiles, resident));
     if (plan.splits > 1) plan.grid = static_cast<uint32_t>(tiles * plan.splits);
     if (sm90::counts_tiles(plan)) plan.workspace_bytes = sm90::kCounterBytes;
+    if (p.query_segment_ids.data) {
+      plan.workspace_bytes = forward_workspace_bytes(p.batch, p.seq_q, p.seq_kv, true);
+      plan.otherwise.push_back(plan_forward(device, p, 80));
+      ForwardPlan& otherwise = plan.otherwise.front();
+      // Few blocks, since each that finds no work takes a microsecond, and some for each
+      // multiprocessor, since tiles are not equally long.
+      otherwise.grid = std::min<uint32_t>(otherwise.grid, 4 * device.num_sms);
+      if (plan.status == PlanStatus::kOk) plan.status = otherwise.status;
+    }
   }
 
   if (is_uneven(p) && !plan.empty) {

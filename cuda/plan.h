@@ -6,6 +6,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <vector>
 
 #include "problem.h"
 
@@ -35,6 +36,20 @@ enum class PlanStatus : int32_t {
 // One sentence without values; the caller, who holds them, adds the values.
 const char* describe(PlanStatus status);
 
+// Where packed segments as intervals lie in a workspace, in bytes; of rows and of keys.
+struct SegmentWorkspace {
+  int32_t blocks =
+      0;  // of the kernel that makes them, per batch entry; each says if they are packed
+  int64_t packed = 0;
+  int64_t row_keys = 0;
+  int64_t key_rows = 0;
+  int64_t bytes = 0;
+};
+
+inline constexpr int64_t kSegmentRows = 1024;  // and keys, of such a block
+
+SegmentWorkspace segment_workspace(int64_t batch, int64_t seq_q, int64_t seq_kv);
+
 struct ForwardPlan {
   PlanStatus status = PlanStatus::kOk;
   bool empty = false;    // nothing to write: no launch
@@ -56,7 +71,13 @@ struct ForwardPlan {
   uint32_t block = 0;                // threads
   uint32_t smem_bytes = 0;
   size_t workspace_bytes = 0;
+  // What runs after it, and does the work, where segment ids turn out not to be packed: none or
+  // one.
+  std::vector<ForwardPlan> otherwise;
 };
+
+// What any plan's workspace needs at most, so that it can be sized when a call is traced.
+int64_t forward_workspace_bytes(int64_t batch, int64_t seq_q, int64_t seq_kv, bool segments);
 
 // `family` 80 asks for the kernels of sm80/; 0 takes the fastest that serve the problem.
 ForwardPlan plan_forward(const Device& device, const ForwardProblem& problem, int32_t family = 0);
@@ -78,6 +99,7 @@ struct BackwardWorkspace {
   int64_t turns = 0;     // int32 per 16 rows: whose turn it is to add to them
   int64_t finished = 0;  // int32 per head: key tiles that are done
   int64_t ticket = 0;    // int32: key tiles taken so far; query tiles whose dQ is being made
+  int64_t segments = 0;  // a SegmentWorkspace, where there are segment ids
   int64_t bytes = 0;
 };
 
@@ -87,7 +109,7 @@ inline constexpr int64_t kRowPadding = 64;  // rows of a block of the kernels be
 inline constexpr int64_t kHeadPadding = 128, kLongHeadPadding = 320, kLongRows = 1024;
 
 BackwardWorkspace backward_workspace(int64_t batch, int64_t heads_q, int64_t seq_q,
-                                     int64_t head_dim);
+                                     int64_t head_dim, int64_t seq_kv, bool segments);
 
 struct BackwardPlan {
   PlanStatus status = PlanStatus::kOk;
@@ -110,6 +132,7 @@ struct BackwardPlan {
   bool transposed_sums = false;
   bool finish_inside = false;  // no kernel after it: the main kernel makes dQ from its sums
   BackwardWorkspace workspace;
+  std::vector<BackwardPlan> otherwise;  // as in the forward, of the main kernel
 };
 
 // `family` 80 asks for the kernels of sm80/; 0 takes the fastest that serve the problem.
@@ -125,6 +148,8 @@ bool is_aligned(const void* pointer, const Strides& stride, int64_t batch, int64
 // kernel serves the problem.
 int32_t bucket(const Problem& problem);
 bool is_general(const Problem& problem);
+// Whether it does because scores are bent, and not for segment ids alone.
+bool bends_scores(const Problem& problem);
 // Whether a head's last query tiles and first key tiles take longest: only then is it worth
 // walking several heads at once.
 bool is_uneven(const Problem& problem);

@@ -46,7 +46,7 @@ void choose_sm80_tile(const Device& device, const BackwardProblem& p, BackwardPl
 }  // namespace
 
 BackwardWorkspace backward_workspace(int64_t batch, int64_t heads_q, int64_t seq_q,
-                                     int64_t head_dim) {
+                                     int64_t head_dim, int64_t seq_kv, bool segments) {
   BackwardWorkspace w;
   const int64_t padding = head_dim == 128 && seq_q >= kLongRows ? kLongHeadPadding : kHeadPadding;
   w.rows_per_head = (seq_q + padding - 1) / padding * padding;
@@ -56,7 +56,8 @@ BackwardWorkspace backward_workspace(int64_t batch, int64_t heads_q, int64_t seq
   w.turns = w.delta + rows * 4;
   w.finished = w.turns + rows / 4;
   w.ticket = w.finished + (batch * heads_q * 4 + 15) / 16 * 16;
-  w.bytes = w.ticket + 16;
+  w.segments = w.ticket + 16;
+  w.bytes = w.segments + (segments ? segment_workspace(batch, seq_q, seq_kv).bytes : 0);
   return w;
 }
 
@@ -79,7 +80,8 @@ BackwardPlan plan_backward(const Device& device, const BackwardProblem& p, int32
     choose_sm80_tile(device, p, &plan);
   }
   if (plan.status != PlanStatus::kOk) return plan;
-  plan.workspace = backward_workspace(p.batch, p.heads_q, p.seq_q, p.head_dim);
+  plan.workspace = backward_workspace(p.batch, p.heads_q, p.seq_q, p.head_dim, p.seq_kv,
+                                      p.query_segment_ids.data != nullptr);
 
   const int64_t heads = int64_t{p.batch} * p.heads_kv;
   plan.tiles_kv = (p.seq_kv + plan.tile_kv - 1) / plan.tile_kv;
@@ -92,6 +94,15 @@ BackwardPlan plan_backward(const Device& device, const BackwardProblem& p, int32
   }
   plan.grid = static_cast<uint32_t>(plan.family == 90 ? sm90::grid(device, plan, tiles) : tiles);
   plan.rows_grid = static_cast<uint32_t>(row_blocks);
+  if (plan.family == 90 && p.query_segment_ids.data) {
+    plan.otherwise.push_back(plan_backward(device, p, 80));
+    BackwardPlan& otherwise = plan.otherwise.front();
+    otherwise.finish_inside = false;  // the kernel afterwards serves both
+    if (otherwise.status != PlanStatus::kOk) {
+      plan.status = otherwise.status;
+      return plan;
+    }
+  }
   plan.finish_inside = plan.family == 90 ? sm90::finishes_inside(p, plan)
                                          : tiles > 0 && 4 * int64_t{p.seq_q} * p.head_dim *
                                                                 p.heads_q / p.heads_kv <=

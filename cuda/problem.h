@@ -28,6 +28,12 @@ struct Strides {
   int64_t head = 0;
 };
 
+// [begin, end); empty where end <= begin. Read at once.
+struct alignas(8) Interval {
+  int32_t begin;
+  int32_t end;
+};
+
 // One value per batch entry; `stride` 0 where one value serves all.
 template <class T>
 struct PerBatch {
@@ -90,6 +96,16 @@ struct Problem {
   // Segment ids, [batch, length], given together or not at all; `stride` steps the batch.
   PerBatch<int32_t> query_segment_ids;
   PerBatch<int32_t> key_value_segment_ids;
+
+  // What the segments alone let see, where they are packed; a launch of the sm90 family sets these
+  // (segment_intervals.cu). [batch, seq_q]: the keys with a row's id. [batch, seq_kv]: the rows
+  // with a key's id.
+  const Interval* row_keys = nullptr;
+  const Interval* key_rows = nullptr;
+  // None of so many is 0: ids are packed, and kernels of the sm90 family do the work. Else those
+  // of sm80 do it. Null: whoever is launched does.
+  const int32_t* packed = nullptr;
+  int32_t packed_count = 0;
 };
 
 struct ForwardProblem : Problem {

@@ -1,5 +1,6 @@
 // Segment ids: a query row sees only keys of its own id. Ids come in any order, but usually
-// packed, so ranges of ids rule out most blocks.
+// packed, so ranges of ids rule out most blocks. (Hopper's kernels take packed ones alone, as
+// intervals: segment_intervals.cu.)
 #pragma once
 
 #include <climits>

@@ -17,7 +17,6 @@ from jax_flash2 import _ffi
 from jax_flash2._spec import AttentionSpec, Operands, joint
 
 _MAX_HEAD_DIM = 256
-_FORWARD_WORKSPACE = 16  # bytes, kCounterBytes of cuda/sm90/choose.h
 _MAX_POSITION = 2**29 - 1  # kMaxPosition of cuda/problem.h
 # What the handler takes beside query, key and value, and in which dtype.
 _SIDES = {
@@ -73,7 +72,7 @@ def forward(spec: AttentionSpec, x: Operands) -> list[jax.Array]:
         (
             jax.ShapeDtypeStruct((batch, length, heads, value.shape[-1]), query.dtype),
             jax.ShapeDtypeStruct((batch, heads, length), jnp.float32),
-            jax.ShapeDtypeStruct((_FORWARD_WORKSPACE,), jnp.uint8),
+            jax.ShapeDtypeStruct((_forward_bytes(x, key.shape[1]),), jnp.uint8),
         ),
     )
     sides = _sides(x, _SIDES)
@@ -118,7 +117,10 @@ def backward(
     if rows.get("dlse") is not None:
         operands["dlse"] = jnp.broadcast_to(rows["dlse"], row_values.shape)
     deterministic = bool(spec.deterministic_backward)
-    workspace = _workspace_bytes(batch, heads, length, query.shape[-1])
+    segments = x.query_segment_ids is not None
+    workspace = _backward_bytes(
+        batch, heads, length, query.shape[-1], key.shape[1], segments
+    )
     grads = [(query, head_dim), (key, head_dim), (value, x.value.shape[-1])]
     results = jax.ffi.ffi_call(
         _ffi.BACKWARD,
@@ -147,12 +149,25 @@ def backward(
     return found
 
 
-def _workspace_bytes(batch: Any, heads: int, length: int, head_dim: int) -> Any:
-    """What the backward needs, or for a symbolic batch a little more."""
+def _forward_bytes(x: Operands, keys: int) -> Any:
+    """Of the forward's workspace, or for a symbolic batch a little more."""
     assert _ffi.module is not None  # `_ffi.unavailable` has said so
+    batch, length, _, _ = _query_shape(x)
+    segments = x.query_segment_ids is not None
+    size = _ffi.module.forward_workspace_bytes
+    if isinstance(batch, int) or not segments:
+        return size(batch if segments else 1, length, keys, segments)
+    return batch * size(1, length, keys, segments)
+
+
+def _backward_bytes(
+    batch: Any, heads: int, length: int, head_dim: int, keys: int, segments: bool
+) -> Any:
+    """Likewise of the backward's."""
+    assert _ffi.module is not None
     known = isinstance(batch, int)
     size = _ffi.module.backward_workspace_bytes(
-        batch if known else 1, heads, length, head_dim
+        batch if known else 1, heads, length, head_dim, keys, segments
     )
     return size if known else batch * size
 

@@ -247,7 +247,22 @@ def test_backward_workspace_is_linear_in_the_rows(batch, heads, length, rows):
     """Per padded row: float32 sums of dQ, logsumexp and delta; a turn per 16; counters."""
     counters = -(-batch * heads * 4 // 16) * 16 + 16
     expected = batch * heads * (rows * (4 * 72 + 8) + rows // 4) + counters
-    assert _kernels._workspace_bytes(batch, heads, length, 72) == expected
+    assert _kernels._backward_bytes(batch, heads, length, 72, 100, False) == expected
+
+
+@needs_module
+@pytest.mark.parametrize(("batch", "length", "keys"), [(1, 1, 1), (3, 1025, 300)])
+def test_packed_segments_take_8_bytes_a_row_and_a_key(batch, length, keys):
+    """And 4 bytes per 1024 of the longer of the two."""
+    blocks = -(-batch * -(-max(length, keys) // 1024) * 4 // 16) * 16
+    expected = blocks + 8 * batch * (length + keys)
+    forward = _ffi.module.forward_workspace_bytes
+    assert forward(batch, length, keys, False) == 16
+    assert forward(batch, length, keys, True) == 16 + expected
+    sizes = [
+        _kernels._backward_bytes(batch, 2, length, 64, keys, s) for s in (False, True)
+    ]
+    assert sizes[1] - sizes[0] == expected
 
 
 @needs_module
@@ -280,7 +295,13 @@ def test_backward_lacks_what_the_forward_lacks_but_for_the_largest_logit():
 @pytest.mark.parametrize("batch", [1, 2, 3, 7])
 def test_workspace_of_a_symbolic_batch_is_enough(batch):
     (symbol,) = jax.export.symbolic_shape("batch")
-    size = _kernels._workspace_bytes(symbol, 5, 129, 72)
-    for_one = _kernels._workspace_bytes(1, 5, 129, 72)
-    assert size == symbol * for_one
-    assert batch * for_one >= _kernels._workspace_bytes(batch, 5, 129, 72)
+    for segments in (False, True):
+        size = _kernels._backward_bytes(symbol, 5, 129, 72, 1500, segments)
+        for_one = _kernels._backward_bytes(1, 5, 129, 72, 1500, segments)
+        assert size == symbol * for_one
+        whole = _kernels._backward_bytes(batch, 5, 129, 72, 1500, segments)
+        assert batch * for_one >= whole
+        forward = _ffi.module.forward_workspace_bytes
+        assert batch * forward(1, 129, 1500, segments) >= forward(
+            batch, 129, 1500, segments
+        )

@@ -50,6 +50,14 @@ __device__ __forceinline__ float log2(float x) {
   return y;
 }
 
+// A word of x's bytes by number, the lowest first in the selector; 8 more: of that byte the top
+// bit, eight times. PTX ISA 9.7.9, prmt, whose sign mode __byte_perm lacks.
+__device__ __forceinline__ uint32_t permute_bytes(uint32_t x, uint32_t selector) {
+  uint32_t y;
+  asm("prmt.b32 %0, %1, 0, %2;" : "=r"(y) : "r"(x), "r"(selector));
+  return y;
+}
+
 // Two floats rounded to nearest even and packed, `low` in the low half. PTX ISA 9.7.9, cvt.
 template <DataType kType>
 __device__ __forceinline__ uint32_t pack(float low, float high) {

@@ -39,6 +39,9 @@ __global__ void __launch_bounds__(128, 2)
   using Block = BackwardBlock<kTile, kType, kGeneral>;
   constexpr int kM = Block::kM, kSlices = Block::kN / 2;
   static_assert(Block::kSplit == 1 && Block::kStages == 2 && Block::kT.roles == 1);
+  if constexpr (kGeneral) {
+    if (!has_work<80>(params.problem)) return;
+  }
   extern __shared__ __align__(1024) char shared_memory[];
   const Block block(params, ptx::shared_address(shared_memory));
   const uint32_t full = block.barriers, ds_full = full + 16;
@@ -131,6 +134,9 @@ __global__ void __launch_bounds__(256, 1)
   constexpr int kM = Block::kM, kSlices = Block::kN / 2;  // of 16 queries, of a warp
   constexpr int kStages = Block::kStages, kSplit = Block::kSplit;
   static_assert(Block::kT.roles == 2);
+  if constexpr (kGeneral) {
+    if (!has_work<80>(params.problem)) return;
+  }
   extern __shared__ __align__(1024) char shared_memory[];
   const Block block(params, ptx::shared_address(shared_memory));
   const bool p_role = block.warp < 4;

@@ -37,9 +37,7 @@ namespace flash2::sm80 {
 
 // kGeneral: with soft cap, ALiBi or segment ids.
 template <int kTile, DataType kType, bool kGeneral>
-__global__ void __launch_bounds__(kForwardTiles[kTile].threads(),
-                                  kForwardTiles[kTile].blocks_per_sm)
-    forward(const __grid_constant__ ForwardParams params) {
+__device__ __forceinline__ void attend_tile(const ForwardParams& params, uint32_t tile) {
   constexpr ForwardTile kT = kForwardTiles[kTile];
   constexpr int kD = kT.head_dim, kTileQ = kT.tile_q(), kTileKv = kT.tile_kv;
   constexpr int kThreads = kT.threads(), kWarpRows = kT.warp_rows();
@@ -67,7 +65,7 @@ __global__ void __launch_bounds__(kForwardTiles[kTile].threads(),
   }
   __syncthreads();
 
-  ForwardWork<kTileQ, kTileKv> work(params, blockIdx.x);
+  ForwardWork<kTileQ, kTileKv> work(params, tile);
   const int warp_row = warp * kWarpRows, row0 = work.row0 + warp_row;  // of the warp
   const int row_end = min(row0 + kWarpRows, work.q_length);
   const uint32_t smem_rows = smem_q + warp_row * 128;
@@ -328,6 +326,28 @@ __global__ void __launch_bounds__(kForwardTiles[kTile].threads(),
                static_cast<char*>(p.out) +
                    2 * (work.batch * p.out_stride.batch + work.head * p.out_stride.head),
                2 * p.out_stride.row, row0, lane, p.seq_q - row0, p.head_dim_v);
+  if constexpr (kGeneral) {  // for the block's next tile
+    __syncthreads();
+    if (threadIdx.x == 0) {
+      for (int i = 0; i < 4; ++i) ptx::mbarrier_invalidate(full + 8 * i);
+    }
+  }
+}
+
+template <int kTile, DataType kType, bool kGeneral>
+__global__ void __launch_bounds__(kForwardTiles[kTile].threads(),
+                                  kForwardTiles[kTile].blocks_per_sm)
+    forward(const __grid_constant__ ForwardParams params) {
+  if constexpr (kGeneral) {  // one tile each, but where the grid is small (ForwardPlan::otherwise)
+    if (!has_work<80>(params.problem)) return;
+    const uint32_t tiles = params.tiles_q * params.all_packs;
+#pragma unroll 1
+    for (uint32_t tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
+      attend_tile<kTile, kType, true>(params, tile);
+    }
+  } else {
+    attend_tile<kTile, kType, false>(params, blockIdx.x);
+  }
 }
 
 template <int kHeadDim, DataType kType, int... kTiles>

@@ -28,7 +28,7 @@ __global__ void __launch_bounds__(kBackwardTiles[kTile].threads(), 1)
              const __grid_constant__ BackwardParams params) {
   constexpr BackwardTile kT = kBackwardTiles[kTile];
   using Memory = BackwardMemory<kTile>;
-  using Tile = KeyTile<kT.tile_q, kT.masked>;
+  using Tile = KeyTile<kTile>;
   static_assert(2 * sizeof(Tile) <= 128);
   extern __shared__ __align__(1024) char shared_memory[];
   const Memory smem{ptx::shared_address(shared_memory)};

@@ -24,10 +24,9 @@
 namespace flash2::sm90 {
 
 template <int kTile, DataType kType>
-__device__ __forceinline__ void consume(
-    const BackwardParams& params, const BackwardMemory<kTile>& smem,
-    const KeyTile<kBackwardTiles[kTile].tile_q, kBackwardTiles[kTile].masked>* tiles, int consumer,
-    int warp) {
+__device__ __forceinline__ void consume(const BackwardParams& params,
+                                        const BackwardMemory<kTile>& smem,
+                                        const KeyTile<kTile>* tiles, int consumer, int warp) {
   constexpr BackwardTile kT = kBackwardTiles[kTile];
   constexpr int kD = kT.head_dim, kQ = kT.tile_q, kKeys = kT.tile_kv();
   constexpr int kQueryPanel = kQ * 128, kKeyPanel = kKeys * 128;
@@ -144,10 +143,6 @@ __device__ __forceinline__ void consume(
     ptx::pin(s);
     if constexpr (!kEarly) load_columns(lse2, smem.lse2(stage));
     to_probabilities(s, lse2, factor);
-    if constexpr (kCut) {
-      mask_probabilities(s, p, tile, tile.first_key() + consumer * 64 + warp * 16 + lane / 4,
-                         query_tile * kQ);
-    }
     // Depends on all exponentials, but only in name: the assembler, which lifts the wait for dP
     // over arithmetic, cannot lift it over a barrier.
     if constexpr (kEarly && !kFirst) wait_other_ds(ds_stage ^ 1, bits_of(s) & params.zero);
@@ -156,6 +151,13 @@ __device__ __forceinline__ void consume(
     load_columns(delta, smem.delta(stage));
     to_dscores<kType>(s, dp, delta, ds);
     pack_all<kType>(s, probabilities);
+    // Here, where scores and dP are gone: ptxas has no registers for it before.
+    if constexpr (kCut) {
+      uint32_t visible[2];
+      find_visible(visible, p, tile, tile.first_key() + consumer * 64 + warp * 16 + lane / 4,
+                   query_tile * kQ);
+      mask_operands(probabilities, ds, visible);
+    }
     if constexpr (!kEarly && !kFirst) wait_other_ds(ds_stage ^ 1);
     // For dQ, which reads dS of the step before. Its writers would wait for their stores; here
     // nothing is under way. (In a first step it has no purpose: without it there, C7511.)

@@ -76,8 +76,10 @@ __device__ __forceinline__ void consume_probabilities(const PairConsumer<kTile, 
     to_probabilities(s, lse2, factor);
     if constexpr (Consumer::kT.masked) {
       if (query_tile < whole_begin || query_tile >= whole_end) {
-        mask_probabilities(s, p, c.tile, first_key + c.warp() * 16 + c.lane() / 4,
-                           query_tile * Consumer::kQ);
+        uint32_t visible[2];
+        find_visible(visible, p, c.tile, first_key + c.warp() * 16 + c.lane() / 4,
+                     query_tile * Consumer::kQ);
+        mask_probabilities(s, visible);
       }
     }
     ptx::pin(s);  // stay float32 until dQ is gone: 240 registers are few
@@ -274,7 +276,7 @@ __global__ void __launch_bounds__(kBackwardTiles[kTile].threads(), 1)
                   const __grid_constant__ BackwardParams params) {
   constexpr BackwardTile kT = kBackwardTiles[kTile];
   using Memory = BackwardMemory<kTile>;
-  using Tile = KeyTile<kT.tile_q, kT.masked>;
+  using Tile = KeyTile<kTile>;
   extern __shared__ __align__(1024) char shared_memory[];
   const Memory smem{ptx::shared_address(shared_memory)};
   const int group = uniform(threadIdx.x / 128), warp = uniform(threadIdx.x / 32 % 4);

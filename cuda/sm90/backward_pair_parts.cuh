@@ -63,7 +63,7 @@ template <int kTile>
 struct PairProducer {
   static constexpr BackwardTile kT = kBackwardTiles[kTile];
   using Memory = BackwardMemory<kTile>;
-  using Tile = KeyTile<kT.tile_q, kT.masked>;
+  using Tile = KeyTile<kTile>;
 
   const BackwardMaps& maps;
   const BackwardParams& params;
@@ -78,7 +78,7 @@ struct PairProducer {
   __device__ __forceinline__ void run() {
     keep = ptx::policy_evict_last();
     pass = ptx::policy_evict_first();
-    const uint32_t count = params.heads * params.tiles_kv;
+    const uint32_t count = tiles_to_take<kTile>(params);
     Ring<2> tile_ring;
     ptx::wait_prerequisites();
 #pragma unroll 1
@@ -194,7 +194,7 @@ struct PairProducer {
 template <int kTile>
 struct PairTurns {
   static constexpr BackwardTile kT = kBackwardTiles[kTile];
-  using Tile = KeyTile<kT.tile_q, kT.masked>;
+  using Tile = KeyTile<kTile>;
 
   const BackwardParams& params;
   BackwardMemory<kTile> smem;
@@ -248,7 +248,7 @@ struct PairConsumer {
   // Named barriers: of both consumers, whose code differs, and of each.
   static constexpr int kBoth = 1;
   using Memory = BackwardMemory<kTile>;
-  using Tile = KeyTile<kT.tile_q, kT.masked>;
+  using Tile = KeyTile<kTile>;
 
   const BackwardParams& params;
   Memory smem;

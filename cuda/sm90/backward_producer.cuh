@@ -20,7 +20,7 @@ template <int kTile>
 struct BackwardProducer {
   static constexpr BackwardTile kT = kBackwardTiles[kTile];
   using Memory = BackwardMemory<kTile>;
-  using Tile = KeyTile<kT.tile_q, kT.masked>;
+  using Tile = KeyTile<kTile>;
 
   const BackwardMaps& maps;
   const BackwardParams& params;
@@ -34,7 +34,7 @@ struct BackwardProducer {
     const BackwardProblem& p = params.problem;
     keep = ptx::policy_evict_last();
     pass = ptx::policy_evict_first();
-    const uint32_t count = params.heads * params.tiles_kv;
+    const uint32_t count = tiles_to_take<kTile>(params);
     const int group = params.group;
     Ring<2> ring;
     uint32_t parity = 1;  // of `empty` of K and V
@@ -134,7 +134,7 @@ struct BackwardStorer {
   static constexpr bool kByRows = kT.tile_q == 128;
   static constexpr bool kInTurns = kT.deterministic;
   using Memory = BackwardMemory<kTile>;
-  using Tile = KeyTile<kT.tile_q, kT.masked>;
+  using Tile = KeyTile<kTile>;
 
   const BackwardParams& params;
   Memory smem;

@@ -64,25 +64,58 @@ __device__ __forceinline__ uint32_t bits_of(const float (&s)[kRegisters]) {
   return bits;
 }
 
-// Zeros where a row does not see a key. Probabilities and not scores: a scale may be negative or
-// 0. `key` is this thread's first, `row0` the first query of the tile.
-template <int kRegisters, class Tile>
-__device__ __forceinline__ void mask_probabilities(float (&s)[kRegisters], const Problem& p,
-                                                   const Tile& tile, int key, int row0) {
+// Which queries of a step see the two keys of a thread. Element s[4 j + 2 r + i] has bit
+// j % 8 + 8 i + 16 (j / 8) of of[r]: so two neighbours have bytes of their own, and one shift
+// brings both bits to the top of these. `key` is the first key, `row0` the first query.
+template <class Tile>
+__device__ __forceinline__ void find_visible(uint32_t (&of)[2], const Problem& p, const Tile& tile,
+                                             int key, int row0) {
   const int column = row0 + threadIdx.x % 4 * 2;
+  // Of the thread's queries, 8 j + i behind the first, those below `end`.
+  const auto below = [&](int end) {
+    const auto ones = [](int queries) { return (1u << min(max((queries + 7) / 8, 0), 16)) - 1; };
+    return __byte_perm(ones(end - column), ones(end - column - 1), 0x5140);
+  };
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    const Interval rows = tile.visibility.column(p, key + 8 * r, tile.q_length);
+    const Interval rows = tile.rows_of(p, key + 8 * r);
     const bool exists = key + 8 * r < tile.visibility.kv_length;
-    const int low = exists ? rows.begin - column : kRegisters * 2;
-    const int high = rows.end - column;
+    // Made here and once: spread over what follows, at head_dim 64 there is C7511.
+    of[r] = ptx::opaque(exists ? below(rows.end) & ~below(rows.begin) : 0);
+  }
+}
+
+// Zeros where a row does not see a key. Probabilities and not scores: a scale may be negative or
+// 0.
+template <int kRegisters>
+__device__ __forceinline__ void mask_probabilities(float (&s)[kRegisters],
+                                                   const uint32_t (&visible)[2]) {
 #pragma unroll
-    for (int j = 0; j < kRegisters / 4; ++j)
+  for (int j = 0; j < kRegisters / 4; ++j)
+#pragma unroll
+    for (int r = 0; r < 2; ++r)
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        if (8 * j + i < low || 8 * j + i >= high) s[4 * j + 2 * r + i] = 0.0f;
+        if (!(visible[r] >> (j % 8 + 8 * i + 16 * (j / 8)) & 1)) s[4 * j + 2 * r + i] = 0.0f;
       }
-  }
+}
+
+// The same of both operands of k16 steps.
+template <int kSteps>
+__device__ __forceinline__ void mask_operands(uint32_t (&probabilities)[kSteps][4],
+                                              uint32_t (&ds)[kSteps][4],
+                                              const uint32_t (&visible)[2]) {
+#pragma unroll
+  for (int k = 0; k < kSteps; ++k)
+#pragma unroll
+    for (int w = 0; w < 4; ++w) {
+      const int j = 2 * k + w / 2;
+      // Each half of the word is a byte's top bit, again and again.
+      const uint32_t word =
+          ptx::permute_bytes(visible[w % 2] << (7 - j % 8), j < 8 ? 0x9988 : 0xbbaa);
+      probabilities[k][w] &= word;
+      ds[k][w] &= word;
+    }
 }
 
 // dS^T = P^T (dP^T - delta), packed as A operands of k16 steps. It loses the factor that P has;

@@ -23,14 +23,19 @@
 #include "problem.h"
 #include "ptx/mbarrier.cuh"
 #include "scheduler.cuh"
+#include "sm90/backward_tiles.h"
 #include "sm90/ring.cuh"
 
 namespace flash2::sm90 {
 
 // 128 keys of a key head, and what its query tiles are. Taken by whole warps.
-template <int kTileQ, bool kMasked>
+template <int kTile>
 struct KeyTile {
-  static constexpr int kKeys = 128;
+  static constexpr BackwardTile kT = kBackwardTiles[kTile];
+  static constexpr bool kMasked = kT.masked;
+  // Whether there may be segments: then nobody waits for a turn.
+  static constexpr bool kSegments = kMasked && !kT.deterministic && !kT.turns;
+  static constexpr int kKeys = 128, kTileQ = kT.tile_q;
   int block;  // of 128 keys; -1: there are no more tiles
   int batch;
   int head_kv;
@@ -70,15 +75,20 @@ struct KeyTile {
                ? max(visibility.kv_length - first_key(), 0)
                : kKeys;
   }
-  // The key blocks that visit a query tile before this one.
+  // The query rows that see a key below kv_length.
+  __device__ __forceinline__ Interval rows_of(const Problem& p, int key) const {
+    Interval rows = visibility.column(p, key, q_length);
+    if (kSegments && p.key_rows) rows = meet(rows, segment_rows_of(p, batch, key));
+    return rows;
+  }
+  // The key blocks that visit a query tile before this one. Not where there are segments.
   __device__ __forceinline__ int visitors_before(const Problem& p, int tile_q) const {
     return block - visibility.row(p, tile_q * kTileQ).begin / kKeys;
   }
 
   // Query tiles whose rows see all of [first, last]; empty if a key is past kv_length.
   __device__ __forceinline__ Interval whole(const Problem& p, int first, int last) const {
-    const Interval a = visibility.column(p, first, q_length);
-    const Interval b = visibility.column(p, last, q_length);
+    const Interval a = rows_of(p, first), b = rows_of(p, last);
     const int row_end = a.end >= q_length ? end * kTileQ : a.end;  // the rest is of no concern
     const int low = max((b.begin + kTileQ - 1) / kTileQ, begin), high = min(row_end / kTileQ, end);
     return last >= visibility.kv_length || high <= low ? Interval{begin, begin}
@@ -106,8 +116,7 @@ struct KeyTile {
         q_length = max(0, min(q_length, p.query_seq_lengths.at(batch)));
       }
       const int first = first_key(), last = first + kKeys - 1;
-      const Interval a = visibility.column(p, first, q_length);
-      const Interval b = visibility.column(p, last, q_length);
+      const Interval a = rows_of(p, first), b = rows_of(p, last);
       begin = a.begin / kTileQ;
       end = (b.end + kTileQ - 1) / kTileQ;
       if (first >= visibility.kv_length || a.begin >= b.end) end = begin = 0;
@@ -117,6 +126,13 @@ struct KeyTile {
     }
   }
 };
+
+// Of all blocks; none where this family has no work to do. By a whole warp.
+template <int kTile>
+__device__ __forceinline__ uint32_t tiles_to_take(const BackwardParams& params) {
+  const uint32_t tiles = params.heads * params.tiles_kv;
+  return !KeyTile<kTile>::kSegments || has_work<90>(params.problem) ? tiles : 0;
+}
 
 // Puts the tile of this number, of `count`, where the other warps of the block read it; past the
 // last, that there are no more. By a whole warp.

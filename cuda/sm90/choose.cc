@@ -9,7 +9,8 @@ namespace flash2::sm90 {
 
 bool has_masks(const Problem& p) {
   return p.is_causal || p.window_left != kUnbounded || p.window_right != kUnbounded ||
-         p.chunk_size > 0 || p.query_seq_lengths.data || p.key_value_seq_lengths.data;
+         p.chunk_size > 0 || p.query_seq_lengths.data || p.key_value_seq_lengths.data ||
+         p.query_segment_ids.data;
 }
 
 namespace {
@@ -61,7 +62,8 @@ int32_t choose_pack(const ForwardProblem& p, int32_t tile_q, int32_t packed_tile
 // there may be fewer tiles than multiprocessors. No block gets less than kLeastShare of the keys,
 // so that little is lost where there are many tiles: the batch size must not decide, as above.
 int32_t choose_splits(const ForwardProblem& p, int32_t head_dim, int32_t pack, int32_t tile_q) {
-  const bool all_keys = p.window_left == kUnbounded && p.chunk_size == 0;
+  const bool all_keys =
+      p.window_left == kUnbounded && p.chunk_size == 0 && !p.query_segment_ids.data;
   if (!all_keys || tiles_of_pack(p, pack, tile_q) > kMostJoinedRows / tile_q) return 1;
   int32_t splits = 1;
   while (splits < kMostSplits && p.seq_kv / (2 * splits) >= kLeastShare / head_dim) splits *= 2;
@@ -72,7 +74,7 @@ int32_t choose_splits(const ForwardProblem& p, int32_t head_dim, int32_t pack, i
 
 bool serves(const Device& device, const ForwardProblem& p) {
   // A tensor map has no empty axis.
-  return device.compute_capability == 90 && !is_general(p) && p.seq_kv > 0;
+  return device.compute_capability == 90 && !bends_scores(p) && p.seq_kv > 0;
 }
 
 void choose_tile(const ForwardProblem& p, ForwardPlan* plan) {

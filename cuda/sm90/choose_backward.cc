@@ -15,6 +15,8 @@ namespace {
 // zeros take as long whatever the length of a walk. Deterministic single blocks wait for their
 // turn anyway, and of local ones few are at work at the same query tile.
 bool first_stores(const BackwardProblem& p, int32_t head_dim, bool masked) {
+  // Who is the first of a query tile whose first rows see nothing, segments do not say.
+  if (p.query_segment_ids.data) return false;
   if (head_dim == 256) return p.seq_q <= (masked ? 2048 : 1024);
   if (p.deterministic || p.window_left != kUnbounded || p.window_right != kUnbounded ||
       p.chunk_size > 0) {
@@ -35,7 +37,9 @@ int64_t most_of_few(int64_t workers) { return std::max<int64_t>(workers / 8, 1);
 bool serves(const Device& device, const BackwardProblem& p) {
   // A tensor map has no empty axis.
   const bool empty = p.batch == 0 || p.heads_q == 0 || p.seq_q == 0 || p.seq_kv == 0;
-  return device.compute_capability == 90 && !is_general(p) && !empty;
+  // For the same reason key tiles cannot take turns.
+  const bool turns = p.deterministic && p.query_segment_ids.data;
+  return device.compute_capability == 90 && !bends_scores(p) && !turns && !empty;
 }
 
 void choose_tile(const BackwardProblem& p, BackwardPlan* plan) {
@@ -73,7 +77,7 @@ bool finishes_inside(const BackwardProblem& p, const BackwardPlan& plan) {
   const bool plain = p.window_left == kUnbounded && p.window_right == kUnbounded &&
                      p.chunk_size == 0 && p.query_offset == 0 && !p.query_offset_operand.data &&
                      !p.prefix_lengths.data && !p.query_seq_lengths.data &&
-                     !p.key_value_seq_lengths.data;
+                     !p.key_value_seq_lengths.data && !p.query_segment_ids.data;
   return plain && kBackwardTiles[plan.variant].finishes() && p.head_dim == plan.head_dim &&
          !p.dscale_rows;
 }

@@ -24,6 +24,9 @@ __global__ void __launch_bounds__(kForwardTiles[kTile].threads(),
     forward(const __grid_constant__ ForwardMaps maps, const __grid_constant__ ForwardParams params,
             const __grid_constant__ ForwardSchedule schedule) {
   constexpr ForwardTile kT = kForwardTiles[kTile];
+  if constexpr (kT.masked && !kT.joins) {
+    if (!has_work<90>(params.problem)) return;
+  }
   extern __shared__ __align__(1024) char shared_memory[];
   const SharedMemory<kTile> smem{ptx::shared_address(shared_memory)};
   // Uniform by the shuffle: as a plain quotient it would make a vector value of every descriptor,

@@ -40,6 +40,14 @@ struct RowScores {
       const RowPlace<kT.packs()> places[2] = {{schedule, work, row}, {schedule, work, row + 8}};
       const int positions[2] = {places[0].position, places[1].position};
       work.bounds.find(p, positions, row_begin, row_end);
+      if (p.row_keys) {
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+          const Interval keys = segment_keys_of(p, work.batch, positions[r]);
+          row_begin[r] = max(row_begin[r], keys.begin);
+          row_end[r] = min(row_end[r], keys.end);
+        }
+      }
       warp_begin = __shfl_sync(~0u, row_begin[1], 31);  // both ends rise with the row
       warp_end = __shfl_sync(~0u, row_end[0], 0);
     } else {

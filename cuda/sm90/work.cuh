@@ -54,12 +54,22 @@ struct Work {
     work.scale = p.scale;
     if (p.scale_operand.data) work.scale *= p.scale_operand.at(found.batch);
     if constexpr (kT.masked) work.bounds = RowBounds(p, found.visibility);
-    work.steps = found.range.total;
-    work.masked = found.range.masked();
-    work.upper = found.range.upper;
-    work.top = found.range.top;
-    work.whole_bottom = found.range.whole_bottom;
-    work.whole_top = found.range.whole_top;
+    BlockRange<kT.tile_kv> range = found.range;
+    if constexpr (kT.masked) {
+      const int last = min(found.row0 + (kT.tile_q() >> shift), found.q_length) - 1;
+      if (p.row_keys && found.row0 <= last) {
+        const auto seen = [&](int row) {
+          return meet(found.visibility.row(p, row), segment_keys_of(p, found.batch, row));
+        };
+        range = BlockRange<kT.tile_kv>(seen(found.row0), seen(last), true);
+      }
+    }
+    work.steps = range.total;
+    work.masked = range.masked();
+    work.upper = range.upper;
+    work.top = range.top;
+    work.whole_bottom = range.whole_bottom;
+    work.whole_top = range.whole_top;
     if constexpr (kT.joins) {  // this block's share of the steps
       const int rank = blockIdx.x % schedule.splits;
       const int begin = work.steps * rank / schedule.splits;

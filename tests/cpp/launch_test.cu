@@ -13,6 +13,7 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
+#include <climits>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -88,21 +89,27 @@ struct Shape {
 struct Setting {
   const char* name;
   void (*set)(Problem&);
-  bool lengths, segments, slopes;
+  bool lengths;
+  enum { kNone, kPacked, kMixed } segments;
+  bool slopes;
 };
 
 constexpr int kBatch = 2, kHeads = 4;
 
 const Setting kSettings[] = {
-    {"plain", [](Problem&) {}, false, false, false},
-    {"causal", [](Problem& p) { p.is_causal = true; }, false, false, false},
+    {"plain", [](Problem&) {}, false, Setting::kNone, false},
+    {"causal", [](Problem& p) { p.is_causal = true; }, false, Setting::kNone, false},
     {"causal offset", [](Problem& p) { p.is_causal = true, p.query_offset = p.seq_kv - p.seq_q; },
-     false, false, false},
-    {"window", [](Problem& p) { p.window_left = 40, p.window_right = 9; }, false, false, false},
-    {"chunk", [](Problem& p) { p.chunk_size = 48; }, false, false, false},
-    {"lengths", [](Problem& p) { p.is_causal = true; }, true, false, false},
-    {"segments", [](Problem&) {}, false, true, false},
-    {"general", [](Problem& p) { p.is_causal = true, p.soft_cap = 5.0f; }, true, true, true},
+     false, Setting::kNone, false},
+    {"window", [](Problem& p) { p.window_left = 40, p.window_right = 9; }, false, Setting::kNone,
+     false},
+    {"chunk", [](Problem& p) { p.chunk_size = 48; }, false, Setting::kNone, false},
+    {"lengths", [](Problem& p) { p.is_causal = true; }, true, Setting::kNone, false},
+    {"segments", [](Problem&) {}, false, Setting::kPacked, false},
+    {"causal mixed segments", [](Problem& p) { p.is_causal = true; }, false, Setting::kMixed,
+     false},
+    {"general", [](Problem& p) { p.is_causal = true, p.soft_cap = 5.0f; }, true, Setting::kPacked,
+     true},
 };
 
 // One problem. Its name tells all of it, so that it means the same however others come and go.
@@ -140,7 +147,7 @@ struct Case {
 struct Arrays {
   Array<uint16_t> q, k, v, out;
   Array<float> lse, per_head;
-  Array<int32_t> q_lengths, kv_lengths, segments;
+  Array<int32_t> q_lengths, kv_lengths, packed, mixed;
 
   Arrays(DataType type, int head_dim, Shape shape)
       : q(numbers(rows(shape) * head_dim, type)),
@@ -151,16 +158,18 @@ struct Arrays {
         per_head(std::vector<float>(kHeads, 0.25f)),
         q_lengths({shape.seq_q / 2, shape.seq_q}),
         kv_lengths({shape.seq_kv, shape.seq_kv / 3}),
-        segments(ids(std::max(shape.seq_q, shape.seq_kv))) {}
+        packed(ids(std::max(shape.seq_q, shape.seq_kv), 37, INT_MAX)),
+        mixed(ids(std::max(shape.seq_q, shape.seq_kv), 19, 3)) {}
 
   static size_t rows(Shape shape) { return size_t{kBatch} * shape.seq_q * kHeads; }
   static size_t keys(Shape shape) { return size_t{kBatch} * shape.seq_kv * shape.heads_kv; }
   static std::vector<uint16_t> unwritten(size_t size) {
     return std::vector<uint16_t>(size, 0xffff);
   }
-  static std::vector<int32_t> ids(size_t size) {
+  // Runs of so many places each; after so many of them the ids come again.
+  static std::vector<int32_t> ids(size_t size, int run, int runs) {
     std::vector<int32_t> found(size);
-    for (size_t i = 0; i < size; ++i) found[i] = static_cast<int32_t>(i / 37);
+    for (size_t i = 0; i < size; ++i) found[i] = static_cast<int32_t>(i) / run % runs;
     return found;
   }
 };
@@ -184,9 +193,9 @@ void fill(Problem& p, const Arrays& a, DataType type, int head_dim, Shape shape,
     p.query_seq_lengths = {a.q_lengths.data(), 1};
     p.key_value_seq_lengths = {a.kv_lengths.data(), 1};
   }
-  if (setting.segments) {
-    p.query_segment_ids = {a.segments.data(), 0};
-    p.key_value_segment_ids = {a.segments.data(), 0};
+  if (setting.segments != Setting::kNone) {
+    const int32_t* ids = setting.segments == Setting::kPacked ? a.packed.data() : a.mixed.data();
+    p.query_segment_ids = p.key_value_segment_ids = {ids, 0};
   }
   if (setting.slopes) p.alibi_slopes = p.sinks = {a.per_head.data(), 0, 1};
 }
@@ -272,6 +281,7 @@ std::vector<Case> cases(const Device& device) {
       if (type == DataType::kFloat16 && !whole) continue;
       for (int head_dim : {64, 40, 128, 256, 200}) {
         for (const Setting& setting : kSettings) {
+          if (setting.segments == Setting::kMixed) continue;  // packed or not, these do the same
           const int number = static_cast<int>(found.size());
           // One shape each, another for each dtype.
           const Shape shape = kShapes[(number + static_cast<int>(type)) % 3];
@@ -289,7 +299,7 @@ std::vector<Case> cases(const Device& device) {
   for (DataType type : {DataType::kBFloat16, DataType::kFloat16}) {
     for (int head_dim : {64, 40, 128, 256, 200}) {
       for (const Setting& setting : kSettings) {
-        if (setting.segments || setting.slopes) continue;
+        if (setting.slopes) continue;
         for (int i = 0; i < 6; i += 2) {  // the other three with the other dtype
           const int number = static_cast<int>(found.size()) + 1;
           const bool deterministic = __builtin_popcount(number) % 2 == 0;

@@ -5,6 +5,7 @@
 
 #include "check.h"
 #include "plan.h"
+#include "sm90/backward_tiles.h"
 
 using namespace flash2;
 
@@ -91,10 +92,10 @@ CASE(backward_covers_every_length) {
 }
 
 CASE(backward_workspace_is_linear_in_the_rows) {
-  const BackwardWorkspace w = backward_workspace(3, 5, 100, 72);
+  const BackwardWorkspace w = backward_workspace(3, 5, 100, 72, 200, false);
   const int64_t rows = 3 * 5 * 128;
   CHECK(w.bytes == rows * (4 * 72 + 8) + rows / 4 + 64 + 16, w.bytes);  // 15 heads: 64 bytes
-  CHECK(backward_workspace(1, 1024, 1 << 20, 256).bytes > int64_t{1} << 40, "");
+  CHECK(backward_workspace(1, 1024, 1 << 20, 256, 1, false).bytes > int64_t{1} << 40, "");
 }
 
 CASE(backward_on_hopper_takes_its_own_family) {
@@ -324,11 +325,44 @@ CASE(backward_on_hopper_leaves_the_rest_to_sm80) {
   check("soft cap", [](BackwardProblem& p) { p.soft_cap = 5.0f; });
   check("slopes",
         [](BackwardProblem& p) { p.alibi_slopes.data = static_cast<const float*>(some); });
-  check("segments", [](BackwardProblem& p) {
+  check("deterministic with segments", [](BackwardProblem& p) {
     p.query_segment_ids.data = p.key_value_segment_ids.data = static_cast<const int32_t*>(some);
+    p.deterministic = true;
+  });
+  check("segments and soft cap", [](BackwardProblem& p) {
+    p.query_segment_ids.data = p.key_value_segment_ids.data = static_cast<const int32_t*>(some);
+    p.soft_cap = 5.0f;
   });
   check("no keys", [](BackwardProblem& p) { p.seq_kv = 0; });
   check("no queries", [](BackwardProblem& p) { p.seq_q = 0; });
+}
+
+// Whether ids are packed is known on the device alone.
+CASE(backward_of_segments_on_hopper_has_both_families) {
+  for (int head_dim : {40, 64, 128, 256}) {
+    for (int seq : {100, 512, 4096}) {
+      BackwardProblem p = problem(head_dim, seq, seq + 28);
+      p.query_segment_ids.data = p.key_value_segment_ids.data =
+          static_cast<const int32_t*>(address(5 << 20));
+      check_sound(kH100, p);
+      const BackwardPlan plan = plan_backward(kH100, p);
+      CHECK(plan.family == 90 && sm90::kBackwardTiles[plan.variant].masked, show(kH100, p));
+      CHECK(!sm90::kBackwardTiles[plan.variant].turns && !plan.first_stores, show(kH100, p));
+      CHECK(!plan.finish_inside && !plan.transposed_sums, show(kH100, p));
+      CHECK(plan.otherwise.size() == 1, show(kH100, p));
+      const BackwardPlan& otherwise = plan.otherwise.front();
+      CHECK(otherwise.family == 80 && otherwise.general && !otherwise.finish_inside, "");
+      CHECK(otherwise.workspace.bytes == plan.workspace.bytes, "");
+      const SegmentWorkspace w = segment_workspace(p.batch, p.seq_q, p.seq_kv);
+      CHECK(plan.workspace.segments % 16 == 0, plan.workspace.segments);
+      CHECK(plan.workspace.segments + w.bytes == plan.workspace.bytes, plan.workspace.bytes);
+      CHECK(plan_backward(kH100, p, 80).otherwise.empty(), show(kH100, p));
+      for (const Device& d : kDevices) {
+        if (d.compute_capability == 90) continue;
+        CHECK(plan_backward(d, p).family == 80 && plan_backward(d, p).otherwise.empty(), "");
+      }
+    }
+  }
 }
 
 CASE(backward_of_nothing_launches_only_what_writes) {

@@ -7,6 +7,7 @@
 #include <string>
 
 #include "check.h"
+#include "sm90/tiles.h"
 
 using namespace flash2;
 
@@ -322,6 +323,51 @@ CASE(refuses_what_overflows) {
   p.window_left = std::numeric_limits<int32_t>::max();
   check_refused(p, PlanStatus::kTooLong);
   check_refused(problem(8, kMaxPosition, 1, 1 << 16, 1 << 4, 1), PlanStatus::kTooManyTiles);
+}
+
+// Whether ids are packed is known on the device alone.
+CASE(segments_on_hopper_have_both_families) {
+  for (int head_dim : {40, 64, 128, 256}) {
+    for (int seq_kv : {100, 512, 16384}) {
+      for (int heads_kv : {16, 2}) {
+        ForwardProblem p = problem(head_dim, 512, seq_kv, 2, 16, heads_kv);
+        p.query_segment_ids.data = p.key_value_segment_ids.data =
+            static_cast<const int32_t*>(address(6 << 20));
+        check_sound(kH100, p);
+        const ForwardPlan plan = plan_forward(kH100, p);
+        CHECK(plan.family == 90 && sm90::kForwardTiles[plan.variant].masked, show(kH100, p));
+        CHECK(plan.splits == 1, show(kH100, p) << ", " << plan.splits << " splits");
+        CHECK(plan.otherwise.size() == 1, show(kH100, p));
+        const ForwardPlan& otherwise = plan.otherwise.front();
+        CHECK(otherwise.family == 80 && otherwise.general && otherwise.otherwise.empty(), "");
+        CHECK(otherwise.grid <= uint32_t(4 * kH100.num_sms), otherwise.grid);
+        const int64_t bytes = forward_workspace_bytes(p.batch, p.seq_q, p.seq_kv, true);
+        CHECK(static_cast<int64_t>(plan.workspace_bytes) == bytes, plan.workspace_bytes);
+        CHECK(plan_forward(kH100, p, 80).otherwise.empty(), show(kH100, p));
+        for (const Device& d : {kA100, kA10, kL4, kNewer}) {
+          CHECK(plan_forward(d, p).family == 80 && plan_forward(d, p).otherwise.empty(), "");
+        }
+        p.soft_cap = 5.0f;
+        CHECK(plan_forward(kH100, p).family == 80, show(kH100, p));
+        CHECK(plan_forward(kH100, p).otherwise.empty(), show(kH100, p));
+      }
+    }
+  }
+}
+
+CASE(segment_workspace_has_room_for_all) {
+  for (int64_t batch : {1, 3}) {
+    for (int64_t seq_q : {1, 1000, 1024, 5000}) {
+      for (int64_t seq_kv : {1, 1025, 300}) {
+        const SegmentWorkspace w = segment_workspace(batch, seq_q, seq_kv);
+        CHECK(w.blocks * kSegmentRows >= std::max(seq_q, seq_kv), w.blocks);
+        CHECK(w.packed == 0 && w.row_keys % 16 == 0, w.row_keys);
+        CHECK(w.row_keys >= batch * w.blocks * 4, w.row_keys);
+        CHECK(w.key_rows == w.row_keys + batch * seq_q * 8, w.key_rows);
+        CHECK(w.bytes == w.key_rows + batch * seq_kv * 8, w.bytes);
+      }
+    }
+  }
 }
 
 CASE(refuses_half_the_segment_ids) {

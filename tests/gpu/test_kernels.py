@@ -93,7 +93,7 @@ def check_several(number, options, head_dim, family):
     more = range(100, 1600, 100) if "scale_traced" in options else ()
     others = tuple(case.inputs(seed=number + seed) for seed in more)
     ours = check_families(inputs, str(case), (family,), others)[family]
-    assert (ours["out"] != 0).any(-1).mean() > 0.1  # the masks leave something
+    assert (ours["out"] != 0).any(-1).mean() > 0.05  # the masks leave something
 
 
 @pytest.mark.parametrize(("number", "options"), list(enumerate(covering(6, SUPPORTED))))
