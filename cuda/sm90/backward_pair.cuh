@@ -169,11 +169,7 @@ __device__ __forceinline__ void consume_scores(const PairConsumer<kTile, kType>&
     ptx::pin(dp);
     ptx::wgmma_wait<0>();
     ptx::pin(dquery);
-    if (!first) {
-      c.release(smem.ds_empty());
-      c.add_dquery(dquery, before, stage ^ 1);
-      before.next(c.params, c.walk);
-    }
+    if (!first) c.release(smem.ds_empty());
     // With masks, where ptxas then moves more, 1 % slower before the wait than after it.
     float2 delta[Consumer::kQ / 8];
     if constexpr (!Consumer::kT.masked) load_columns(delta, smem.delta(stage));
@@ -206,6 +202,10 @@ __device__ __forceinline__ void consume_scores(const PairConsumer<kTile, kType>&
     __syncwarp();
     ptx::wgmma_fence();
     c.start_gradient(dkey, ds, smem.query(stage));
+    if (!first) {  // after dS, for which all others wait
+      c.add_dquery(dquery, before, stage ^ 1);
+      before.next(c.params, c.walk);
+    }
     ring.next();
   }
   ptx::mbarrier_wait(smem.ds_full(), ring.stage ^ 1);
