@@ -26,9 +26,9 @@ def variant(row: dict[str, Any]) -> str | None:
             return f"XLA's matrix product, {row['dtype']}, over bfloat16"
         return f"head_dim {head_dim}, over XLA's matrix product"
     if row.get("documents"):
-        return "16384 tokens of packed documents, over rows of their own"
+        return f"{row['seq']} tokens of packed documents, over rows of their own"
     if row.get("deterministic"):
-        return "deterministic, over not"
+        return "deterministic, over sums in any order"
     if head_dim in KERNELS:
         return f"head_dim {head_dim}, over {KERNELS[head_dim]}"
     if group > 1:

@@ -23,9 +23,10 @@ from harness import (
     evaluate,
     forward,
     gpu_case,
+    without_slopes,
 )
 
-from cases import Inputs, covering
+from cases import Inputs, covering, results
 from compare import assert_bitwise_equal
 from jax_flash2 import flash_attention
 
@@ -83,17 +84,28 @@ def test_every_option_alone_changes_the_result(number, name):
 SEVERAL = ((128, 128), (200, 333), (129, 384), (65, 64), (5, 300))
 
 
+def share_of_rows(out):
+    """Of those that see a key."""
+    return (out != 0).any(-1).mean()
+
+
+def reference(inputs):
+    return results(without_slopes(inputs).astype(jnp.float32), "reference")
+
+
 def check_several(number, options, head_dim, family):
     shape = dict(zip(("q_length", "kv_length"), SEVERAL[number % 5], strict=True))
     dtype = DTYPES[number % 2]
     case = gpu_case(*options, **shape, head_dim=head_dim, dtype=dtype)
-    inputs = case.inputs(seed=number)
+    # Many masks at once may leave next to nothing: then another draw.
+    draws = (case.inputs(seed=seed) for seed in range(number, number + 50_000, 10_000))
+    inputs = next(x for x in draws if share_of_rows(reference(x)["out"]) > 0.1)
     # The scale's gradient is one number: of two that are as exact, by chance alone one is
     # more than twice as far off as the other at every third draw.
     more = range(100, 1600, 100) if "scale_traced" in options else ()
     others = tuple(case.inputs(seed=number + seed) for seed in more)
     ours = check_families(inputs, str(case), (family,), others)[family]
-    assert (ours["out"] != 0).any(-1).mean() > 0.05  # the masks leave something
+    assert share_of_rows(ours["out"]) > 0.1  # the masks leave something
 
 
 @pytest.mark.parametrize(("number", "options"), list(enumerate(covering(6, SUPPORTED))))
