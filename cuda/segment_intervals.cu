@@ -29,6 +29,7 @@ struct SegmentParams {
   Interval* row_keys;
   Interval* key_rows;
   int32_t* packed;  // one of each block
+  bool alike;       // the ids of queries are those of keys: so are the intervals
 };
 
 struct Ids {
@@ -96,10 +97,16 @@ __global__ void __launch_bounds__(kSegmentThreads)
   const int batch = blockIdx.x / p.blocks;
   const int at = static_cast<int>(blockIdx.x % p.blocks) * kSegmentThreads + threadIdx.x;
   const Ids queries(p.query_ids.row(batch), p.seq_q, turns[0]);
-  const Ids keys(p.key_ids.row(batch), p.seq_kv, turns[1]);
-  const bool rise = write(queries, keys, at, p.row_keys + int64_t{batch} * p.seq_q) &
-                    write(keys, queries, at, p.key_rows + int64_t{batch} * p.seq_kv);
-  const int packed = __syncthreads_and(queries.packed && keys.packed && rise);
+  bool good = queries.packed;
+  if (p.alike) {
+    good &= write(queries, queries, at, p.row_keys + int64_t{batch} * p.seq_q);
+  } else {
+    const Ids keys(p.key_ids.row(batch), p.seq_kv, turns[1]);
+    good &= keys.packed;
+    good &= write(queries, keys, at, p.row_keys + int64_t{batch} * p.seq_q);
+    good &= write(keys, queries, at, p.key_rows + int64_t{batch} * p.seq_kv);
+  }
+  const int packed = __syncthreads_and(good);
   if (threadIdx.x == 0) p.packed[blockIdx.x] = packed;
 }
 
@@ -109,14 +116,19 @@ int find_segment_intervals(Problem* problem, void* workspace, CUstream_st* strea
   Problem& p = *problem;
   const SegmentWorkspace w = segment_workspace(p.batch, p.seq_q, p.seq_kv);
   char* base = static_cast<char*>(workspace);
-  SegmentParams params{p.query_segment_ids,
-                       p.key_value_segment_ids,
+  const PerBatch<int32_t>& query_ids = p.query_segment_ids;
+  const PerBatch<int32_t>& key_ids = p.key_value_segment_ids;
+  const bool alike =
+      query_ids.data == key_ids.data && query_ids.stride == key_ids.stride && p.seq_q == p.seq_kv;
+  SegmentParams params{query_ids,
+                       key_ids,
                        p.seq_q,
                        p.seq_kv,
                        w.blocks,
                        reinterpret_cast<Interval*>(base + w.row_keys),
-                       reinterpret_cast<Interval*>(base + w.key_rows),
-                       reinterpret_cast<int32_t*>(base + w.packed)};
+                       reinterpret_cast<Interval*>(base + (alike ? w.row_keys : w.key_rows)),
+                       reinterpret_cast<int32_t*>(base + w.packed),
+                       alike};
   p.row_keys = params.row_keys;
   p.key_rows = params.key_rows;
   p.packed = params.packed;

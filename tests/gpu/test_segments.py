@@ -3,6 +3,7 @@
 Which of the two does the work is decided on the device, by what the ids are.
 """
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -23,12 +24,18 @@ def runs(*lengths: int, ids: list[int] | None = None, length: int) -> np.ndarray
 def with_ids(
     inputs: Inputs, query: np.ndarray, key: np.ndarray | None = None
 ) -> Inputs:
-    """Three entries: these ids, the same in one run less, and one segment alone."""
-    key = query if key is None else key
-    both = [np.stack([x, np.where(x == 2, 1, x), x * 0 + 7]) for x in (query, key)]
+    """Three entries: these ids, the same in one run less, and one segment alone.
+
+    Without ``key`` both arguments are one array, which kernels search once.
+    """
+
+    def entries(x: np.ndarray) -> jax.Array:
+        return jnp.asarray(np.stack([x, np.where(x == 2, 1, x), x * 0 + 7]))
+
+    ids = entries(query)
     return inputs.replace(
-        query_segment_ids=jnp.asarray(both[0]),
-        key_value_segment_ids=jnp.asarray(both[1]),
+        query_segment_ids=ids,
+        key_value_segment_ids=ids if key is None else entries(key),
     )
 
 
@@ -83,8 +90,9 @@ def test_other_masks_beside_packed_segments(options, head_dim):
 def test_long_packed_sequences(length, head_dim):
     """More than one block of the kernel that looks at the ids."""
     case = gpu_case("segments", "causal", length=length, head_dim=head_dim, heads=2)
-    parts = [length // 3, length // 5, 130, length // 4]
-    check_families(with_ids(case.inputs(), runs(*parts, length=length)))
+    ids = runs(length // 3, length // 5, 130, length // 4, length=length)
+    for key in (None, ids):
+        check_families(with_ids(case.inputs(), ids, key))
 
 
 @pytest.mark.skipif(not HOPPER, reason="other GPUs have one family of kernels")
