@@ -38,8 +38,8 @@ const char* describe(PlanStatus status);
 
 // Where packed segments as intervals lie in a workspace, in bytes; of rows and of keys.
 struct SegmentWorkspace {
-  int32_t blocks =
-      0;  // of the kernel that makes them, per batch entry; each says if they are packed
+  // Of the kernel that makes them, per batch entry; each says if they are packed.
+  int32_t blocks = 0;
   int64_t packed = 0;
   int64_t row_keys = 0;
   int64_t key_rows = 0;

@@ -170,7 +170,7 @@ __device__ __forceinline__ void consume_scores(const PairConsumer<kTile, kType>&
     ptx::wgmma_wait<0>();
     ptx::pin(dquery);
     if (!first) c.release(smem.ds_empty());
-    // With masks, where ptxas then moves more, 1 % slower before the wait than after it.
+    // With masks, 1 % slower before the wait than after it.
     float2 delta[Consumer::kQ / 8];
     if constexpr (!Consumer::kT.masked) load_columns(delta, smem.delta(stage));
     ptx::mbarrier_wait(smem.p_full(), stage);
