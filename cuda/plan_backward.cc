@@ -108,14 +108,15 @@ BackwardPlan plan_backward(const Device& device, const BackwardProblem& p, int32
                                                                 p.heads_q / p.heads_kv <=
                                                             kFinishBytes;
 
-  if (is_uneven(p) && tiles > 0) {
+  const bool uneven = is_uneven(p), hopper = plan.family == 90;
+  if (tiles > 0 && (hopper ? sm90::takes_sections(p) : uneven)) {
     // Of Q, dO and the sums of dQ.
     const int64_t bytes =
         int64_t{p.seq_q} * (6 * p.head_dim + 2 * p.head_dim_v) * p.heads_q / p.heads_kv;
     plan.section = heads_in_cache(bytes, heads);
-    if (plan.family == 90) {
+    if (hopper) plan.section = sm90::section(device, p, plan, heads, plan.section);
+    if (hopper && uneven) {
       const bool grouped = p.heads_q > p.heads_kv;
-      plan.section = sm90::section(device, plan, heads, plan.section, grouped, p.deterministic);
       // Where tiles wait for others the second round had better not come together, except of
       // groups, whose Q, dO and sums no cache would hold otherwise. (Pairs that wait for the first
       // tile, not for their turn, lose nothing by it.)

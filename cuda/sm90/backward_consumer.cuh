@@ -253,7 +253,7 @@ __device__ __forceinline__ void consume(const BackwardParams& params,
       const int cut_before = direction > 0 ? whole_begin - begin : end - whole_end;
       const int first_whole = group * cut_before, whole = whole_end - whole_begin;
       const int end_whole = first_whole + group * whole;
-      const int first_query = tile.first_query();
+      const int first_query = tile.first_query(params);
       int query_tile = first_query, left = group;
       const auto advance = [&] {
         if (--left == 0) {

@@ -29,7 +29,7 @@ struct PairWalk {
   template <class Tile>
   __device__ __forceinline__ PairWalk(const BackwardParams& params, const Tile& tile)
       : steps(uniform(tile.steps()) * params.group),
-        first_query(uniform(tile.first_query())),
+        first_query(uniform(tile.first_query(params))),
         direction(uniform(tile.direction())),
         head_end(uniform(tile.batch) * params.problem.heads_q +
                  (uniform(tile.head_kv) + 1) * params.group) {}
@@ -118,7 +118,7 @@ struct PairProducer {
   __device__ __forceinline__ void load(const Tile& tile) {
     const BackwardProblem& p = params.problem;
     const int steps = tile.steps() * params.group;
-    int head = tile.head_kv * params.group, query_tile = tile.first_query();
+    int head = tile.head_kv * params.group, query_tile = tile.first_query(params);
 #pragma unroll 1
     for (int step = 0; step == 0 || step < steps; ++step) {
       if (step < steps) {

@@ -51,7 +51,7 @@ struct BackwardProducer {
       }
       const int steps = tile.steps() * group;
       const int first_head = tile.head_kv * group + tile.first_of_group(params);
-      int head = first_head, query_tile = tile.first_query();
+      int head = first_head, query_tile = tile.first_query(params);
 #pragma unroll 1
       for (int step = 0; step == 0 || step < steps; ++step) {
         if (step < steps)
@@ -72,7 +72,7 @@ struct BackwardProducer {
                   p.key_stride);
         }
         if (++head == (tile.head_kv + 1) * group) head -= group;
-        if (head == first_head) query_tile += tile.direction();
+        if (head == first_head) query_tile = tile.next_query(query_tile);
       }
       fresh = false;
       parity ^= 1;
@@ -123,7 +123,8 @@ struct BackwardProducer {
 //
 // Where walks are long all add to zeros written before, and wait for nobody. Where they are short
 // the first key block that visits a query tile stores its dQ, so that nobody need write zeros; the
-// others wait for its flag and add. If the sums must come out the same on every run, each waits
+// others wait for its flag and add. The first is the one with the smallest number or, where walks
+// go around, whoever has data first. If the sums must come out the same on every run, each waits
 // for all before it instead. That round, from a look at the flag to its next value, takes longer
 // than a step: where there is a kernel for it, each storer serves both consumers, at every second
 // step.
@@ -152,12 +153,12 @@ struct BackwardStorer {
       const Tile& tile = tiles[ring.stage];
       if (tile.block < 0) break;
       const int first_head = tile.first_of_group(params);
-      int query_tile = tile.first_query(), head = first_head;
+      int query_tile = tile.first_query(params), head = first_head;
 #pragma unroll 1
       for (int n = group * tile.steps(); n > 0; --n, ++step) {
         if (mine()) add(tile, query_tile, head + tile.head_kv * group);
         if (++head == group) head = 0;
-        if (head == first_head) query_tile += tile.direction();
+        if (head == first_head) query_tile = tile.next_query(query_tile);
       }
       if (mine()) store(maps, tile);
       const int key_head = tile.batch * p.heads_kv + tile.head_kv;
@@ -200,7 +201,9 @@ struct BackwardStorer {
         (int64_t{tile.batch} * p.heads_q + head) * params.rows_per_head + query_tile * kT.tile_q;
     int32_t* flag = params.turns + row / 16 + first();
     bool stores = false;
-    if (params.first_stores) {
+    if constexpr (kT.around) {
+      stores = comes_first(flag);
+    } else if (params.first_stores) {
       const int before = kT.masked ? tile.visitors_before(p, query_tile) : tile.block;
       stores = before == 0;
       if (!stores) {  // asked for ahead of the data: mostly true long before
@@ -237,8 +240,22 @@ struct BackwardStorer {
     if (stores || p.deterministic) {
       ptx::bulk_wait<0>();
       ptx::fence_async_global();
-      ptx::add_release(flag, 1);
+      ptx::add_release(flag, 1);  // from claimed to stored, too
     }
+  }
+
+  // Where any may be the first at a query tile, whether this is it; if not, waits until that has
+  // stored. Its flag tells.
+  __device__ __forceinline__ bool comes_first(int32_t* flag) const {
+    constexpr int kNobody = 0, kClaimed = 1, kStored = 2;
+    if (ptx::load_acquire(flag) < kStored) {
+      wait_full(first());  // nobody shall wait for one that has nothing to store yet
+      if (atomicCAS(flag, kNobody, kClaimed) == kNobody) return true;
+      while (ptx::load_acquire(flag) < kStored) {
+      }
+    }
+    ptx::fence_async_global();
+    return false;
   }
 
   static __device__ __forceinline__ void add(float* to, uint32_t from, uint32_t bytes,

@@ -19,6 +19,9 @@ struct BackwardTile {
   // Pair: whoever adds to sums of dQ may have to wait for others, because sums are deterministic
   // or because the first stores.
   bool turns = false;
+  // Walks of key tiles that are at work at once begin at query tiles of their own and go around;
+  // whoever comes first to a query tile stores. (One kernel for both ways: 1 % slower long walks.)
+  bool around = false;
 
   FLASH2_HOST_DEVICE constexpr int tile_kv() const { return 128; }
   FLASH2_HOST_DEVICE constexpr int keys() const { return tile_kv() / blocks; }  // of one block
@@ -54,6 +57,9 @@ inline constexpr BackwardTile kBackwardTiles[] = {
     {128, 64, 1, false, false},  // 193 KB
     // 226 KB. For long walks: a fifth fewer steps, hence barriers.
     {128, 80, 1, false, false},
+    {64, 128, 1, false, false, false, true},
+    {128, 64, 1, false, false, false, true},
+    {128, 80, 1, false, false, false, true},
     {128, 64, 1, true, false},   // 193 KB
     {128, 64, 1, true, true},    // 193 KB
     {256, 64, 2, false, false},  // 225 KB, twice

@@ -12,8 +12,9 @@
 // plan wants it (BackwardPlan::round), in each section anew or, where a section is one round, from
 // section to section.
 //
-// A tile waits for the sums of such alone as have a smaller number, hence started before it: the
-// order of its own walk is free.
+// A tile waits for the sums of such alone as have a smaller number, hence started before it, or
+// for a store that is under way: the order of its own walk is free. Short walks without a mask use
+// that to begin each at a query tile of its own, and go around (BackwardTile::around).
 #pragma once
 
 #include <cstdint>
@@ -56,10 +57,15 @@ struct KeyTile {
   __device__ __forceinline__ int first_key() const { return block * kKeys; }
   __device__ __forceinline__ int steps() const { return end - begin; }
   // Where its walk begins, and where it goes from there.
-  __device__ __forceinline__ int first_query() const {
+  __device__ __forceinline__ int first_query(const BackwardParams& params) const {
+    if (kT.around) return end - 1 - block * end / static_cast<int>(params.tiles_kv);
     return kMasked && upward ? begin : end - 1;
   }
   __device__ __forceinline__ int direction() const { return kMasked && upward ? 1 : -1; }
+  __device__ __forceinline__ int next_query(int query_tile) const {
+    if (kT.around && query_tile == 0) return end - 1;
+    return query_tile + direction();
+  }
   // The head of the group that comes first at each query tile. Where nobody waits for others, key
   // tiles that are in step had better not all add to the same sums.
   __device__ __forceinline__ int first_of_group(const BackwardParams& params) const {

@@ -29,6 +29,13 @@ bool first_stores(const BackwardProblem& p, int32_t head_dim, bool masked) {
   return tiles < (grouped ? (masked ? 64 : 32) : masked ? 128 : 256);
 }
 
+// Whether walks go around. Of long ones the beginnings, where they are in each other's way, are a
+// small part. Groups' key tiles share Q and dO of all their heads only while they are in step.
+bool goes_around(const BackwardProblem& p, int32_t head_dim) {
+  return head_dim < 256 && !p.deterministic && p.heads_q == p.heads_kv &&
+         p.seq_kv <= (head_dim == 64 ? 2048 : 4096);
+}
+
 // Some eight tiles of a head at work at once share its Q and dO, and wait little for their turn.
 int64_t most_of_few(int64_t workers) { return std::max<int64_t>(workers / 8, 1); }
 
@@ -54,10 +61,12 @@ void choose_tile(const BackwardProblem& p, BackwardPlan* plan) {
                      p.seq_q >= kLongRows && !p.dscale_rows;
   const bool first = first_stores(p, plan->head_dim, masked);
   const bool turns = pair && (first || p.deterministic);
+  const bool around = first && !masked && goes_around(p, plan->head_dim);
   for (int i = 0; i < kBackwardTileCount; ++i) {
     const BackwardTile& tile = kBackwardTiles[i];
     if (tile.head_dim != plan->head_dim || tile.masked != masked ||
-        tile.deterministic != deterministic || tile.turns != turns || tile.transposed() != large) {
+        tile.deterministic != deterministic || tile.turns != turns || tile.around != around ||
+        tile.transposed() != large) {
       continue;
     }
     plan->family = 90;
@@ -82,8 +91,11 @@ bool finishes_inside(const BackwardProblem& p, const BackwardPlan& plan) {
          !p.dscale_rows;
 }
 
-int32_t section(const Device& device, const BackwardPlan& plan, int64_t heads, int64_t cached,
-                bool grouped, bool deterministic) {
+bool takes_sections(const BackwardProblem& p) { return is_uneven(p) || p.deterministic; }
+
+int32_t section(const Device& device, const BackwardProblem& p, const BackwardPlan& plan,
+                int64_t heads, int64_t cached) {
+  const bool grouped = p.heads_q > p.heads_kv, deterministic = p.deterministic;
   const int64_t workers = round(device, plan);
   const int64_t tiles = plan.tiles_kv;
   const int64_t eighth = most_of_few(workers);
@@ -93,6 +105,11 @@ int32_t section(const Device& device, const BackwardPlan& plan, int64_t heads, i
     // heads are then brought once for all of its tiles, not once for each round of them.
     target = (workers + tiles / 2) / tiles;
     if (!grouped || deterministic) target = std::max(eighth, target);
+  } else if (!is_uneven(p)) {
+    // Tiles that wait for their turn had rather begin one after another than all of a head at
+    // once; not at the price of Q, dO and sums that no cache holds. Two heads are up to 4 % slower
+    // than one after another.
+    target = cached > 2 ? std::min(eighth, cached) : 1;
   } else {
     // The longest tile should not take longer than a worker's share of the section, of which the
     // mean tile is half as long: else the last section ends with one tile.

@@ -15,10 +15,13 @@ void choose_tile(const BackwardProblem& problem, BackwardPlan* plan);
 // Whether the main kernel makes dQ from its sums by itself, with this tile.
 bool finishes_inside(const BackwardProblem& problem, const BackwardPlan& plan);
 
-// Of this many key heads, how many are walked together under a causal mask, where `cached` fit the
-// L2 cache. `grouped`: several query heads share a key head.
-int32_t section(const Device& device, const BackwardPlan& plan, int64_t heads, int64_t cached,
-                bool grouped, bool deterministic);
+// Whether key heads are walked in sections: where tiles are not equally long, or wait for their
+// turn.
+bool takes_sections(const BackwardProblem& problem);
+
+// Of this many key heads, how many are walked together, where `cached` fit the L2 cache.
+int32_t section(const Device& device, const BackwardProblem& problem, const BackwardPlan& plan,
+                int64_t heads, int64_t cached);
 
 // Whether a head has so few tiles that those of several are at work at once.
 bool few_tiles(const Device& device, const BackwardPlan& plan);

@@ -192,6 +192,22 @@ CASE(backward_on_hopper_walks_heads_in_like_sections) {
   CHECK(plan_backward(kH100, p).section == 1, "");
 }
 
+// Of equally long tiles, those that wait for their turn.
+CASE(backward_on_hopper_walks_heads_in_turn_in_sections) {
+  const auto section = [](int32_t head_dim, int32_t seq, int32_t heads, int32_t family = 0) {
+    BackwardProblem p = problem(head_dim, seq, seq, 1, heads, heads);
+    p.deterministic = true;
+    return plan_backward(kH100, p, family).section;
+  };
+  // Some eight tiles of a head at once.
+  CHECK(section(64, 512, 1024) == 32 && section(128, 2048, 128) == 16, section(128, 2048, 128));
+  CHECK(section(256, 2048, 64) == 8, section(256, 2048, 64));
+  // More where no cache holds so many heads; all where it holds but two.
+  CHECK(section(128, 4096, 64) == 8 && section(64, 16384, 32) == 4, section(128, 4096, 64));
+  CHECK(section(128, 16384, 16) == 1 && section(256, 16384, 8) == 1, section(128, 16384, 16));
+  CHECK(section(128, 2048, 128, 80) == 1, "sm80");
+}
+
 // Every second section of a group walks the other way, where a section is one round.
 CASE(backward_on_hopper_turns_from_section_to_section) {
   const auto turns = [](int32_t seq, int32_t group, bool causal, bool deterministic) {
@@ -257,15 +273,16 @@ CASE(backward_on_hopper_makes_the_gradient_inside_where_it_can_count) {
 }
 
 CASE(backward_on_hopper_has_kernels_for_deterministic_sums) {
-  const auto variant = [](int32_t head_dim, bool causal, bool deterministic) {
+  const auto of_its_own = [](int32_t head_dim, bool causal) {
     BackwardProblem p = problem(head_dim);
     p.is_causal = causal;
-    p.deterministic = deterministic;
-    return plan_backward(kH100, p).variant;
+    CHECK(!sm90::kBackwardTiles[plan_backward(kH100, p).variant].deterministic, show(kH100, p));
+    p.deterministic = true;
+    return sm90::kBackwardTiles[plan_backward(kH100, p).variant].deterministic;
   };
-  CHECK(variant(128, true, true) != variant(128, true, false), "128, masks");
-  CHECK(variant(64, true, true) == variant(64, true, false), "64");
-  CHECK(variant(128, false, true) == variant(128, false, false), "128");
+  CHECK(of_its_own(128, true), "128, masks");
+  CHECK(!of_its_own(64, true) && !of_its_own(64, false), "64");
+  CHECK(!of_its_own(128, false), "128");
 }
 
 CASE(backward_on_hopper_writes_zeros_where_pairs_walk_far) {
@@ -313,6 +330,25 @@ CASE(backward_on_hopper_writes_zeros_where_single_blocks_walk_far) {
   check(64, 8192, true, 8, false);
   check(64, 2048, false, 8, true);
   check(64, 4096, false, 8, false);
+}
+
+CASE(backward_on_hopper_goes_around_where_walks_are_short) {
+  const auto around = [](int32_t head_dim, int32_t seq, void (*set)(BackwardProblem&)) {
+    BackwardProblem p = problem(head_dim, seq, seq, 1, 16, 16);
+    set(p);
+    return sm90::kBackwardTiles[plan_backward(kH100, p).variant].around;
+  };
+  const auto full = [](BackwardProblem&) {};
+  for (int32_t head_dim : {64, 128}) {
+    CHECK(around(head_dim, 512, full) && around(head_dim, 2048, full), head_dim);
+    CHECK(around(head_dim, 4096, full) == (head_dim == 128), head_dim << ": long walks");
+    CHECK(!around(head_dim, 8192, full), head_dim << ": long walks");
+    CHECK(!around(head_dim, 1000, full), head_dim << ": masks");
+    CHECK(!around(head_dim, 512, [](BackwardProblem& p) { p.is_causal = true; }), head_dim);
+    CHECK(!around(head_dim, 512, [](BackwardProblem& p) { p.heads_kv = 8; }), "groups");
+    CHECK(!around(head_dim, 512, [](BackwardProblem& p) { p.deterministic = true; }), "in turn");
+  }
+  CHECK(!around(256, 512, full), "pairs");
 }
 
 CASE(backward_on_hopper_leaves_the_rest_to_sm80) {
