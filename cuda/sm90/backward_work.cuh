@@ -58,7 +58,12 @@ struct KeyTile {
   __device__ __forceinline__ int steps() const { return end - begin; }
   // Where its walk begins, and where it goes from there.
   __device__ __forceinline__ int first_query(const BackwardParams& params) const {
-    if (kT.around) return end - 1 - block * end / static_cast<int>(params.tiles_kv);
+    if (kT.around) {
+      const int tiles = static_cast<int>(params.tiles_kv), group = params.group;
+      // Tiles of a group, of which each begins with a head of its own, stay near to each other:
+      // no cache holds Q, dO and sums of all heads of so many.
+      return end - 1 - (group == 1 ? block * end / tiles : block / group % end);
+    }
     return kMasked && upward ? begin : end - 1;
   }
   __device__ __forceinline__ int direction() const { return kMasked && upward ? 1 : -1; }
@@ -66,10 +71,10 @@ struct KeyTile {
     if (kT.around && query_tile == 0) return end - 1;
     return query_tile + direction();
   }
-  // The head of the group that comes first at each query tile. Where nobody waits for others, key
-  // tiles that are in step had better not all add to the same sums.
+  // The head of the group that comes first at each query tile. Where nobody waits for a fixed
+  // first tile, those that are in step had better not all add to the same sums.
   __device__ __forceinline__ int first_of_group(const BackwardParams& params) const {
-    return params.first_stores ? 0 : block % params.group;
+    return params.first_stores && !kT.around ? 0 : block % params.group;
   }
   // Rows of the last query tile at or past this, counted in it, hold what the call must not see.
   __device__ __forceinline__ int clear_rows(const Problem& p) const {

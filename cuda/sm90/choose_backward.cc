@@ -29,11 +29,13 @@ bool first_stores(const BackwardProblem& p, int32_t head_dim, bool masked) {
   return tiles < (grouped ? (masked ? 64 : 32) : masked ? 128 : 256);
 }
 
-// Whether walks go around. Of long ones the beginnings, where they are in each other's way, are a
-// small part. Groups' key tiles share Q and dO of all their heads only while they are in step.
+// Whether walks without masks go around. Of long ones the beginnings, where they are in each
+// other's way, are a small part. With fewer tiles than query heads to a key head it was slower.
 bool goes_around(const BackwardProblem& p, int32_t head_dim) {
-  return head_dim < 256 && !p.deterministic && p.heads_q == p.heads_kv &&
-         p.seq_kv <= (head_dim == 64 ? 2048 : 4096);
+  if (head_dim == 256 || p.deterministic) return false;
+  const int64_t group = p.heads_q / p.heads_kv, tiles = p.seq_kv / 128;
+  const int64_t most = head_dim == 64 ? 16 : group == 1 ? 32 : group < 4 ? 16 : 8;
+  return group <= tiles && tiles <= most;
 }
 
 // Some eight tiles of a head at work at once share its Q and dO, and wait little for their turn.
@@ -59,9 +61,9 @@ void choose_tile(const BackwardProblem& p, BackwardPlan* plan) {
   // whole panels.
   const bool large = plan->head_dim == 128 && p.head_dim == 128 && !masked &&
                      p.seq_q >= kLongRows && !p.dscale_rows;
-  const bool first = first_stores(p, plan->head_dim, masked);
+  const bool around = !masked && goes_around(p, plan->head_dim);
+  const bool first = around || first_stores(p, plan->head_dim, masked);
   const bool turns = pair && (first || p.deterministic);
-  const bool around = first && !masked && goes_around(p, plan->head_dim);
   for (int i = 0; i < kBackwardTileCount; ++i) {
     const BackwardTile& tile = kBackwardTiles[i];
     if (tile.head_dim != plan->head_dim || tile.masked != masked ||

@@ -333,22 +333,29 @@ CASE(backward_on_hopper_writes_zeros_where_single_blocks_walk_far) {
 }
 
 CASE(backward_on_hopper_goes_around_where_walks_are_short) {
-  const auto around = [](int32_t head_dim, int32_t seq, void (*set)(BackwardProblem&)) {
-    BackwardProblem p = problem(head_dim, seq, seq, 1, 16, 16);
+  const auto around = [](
+                          int32_t head_dim, int32_t seq, int32_t group = 1,
+                          void (*set)(BackwardProblem&) = [](BackwardProblem&) {}) {
+    BackwardProblem p = problem(head_dim, seq, seq, 1, 16, 16 / group);
     set(p);
-    return sm90::kBackwardTiles[plan_backward(kH100, p).variant].around;
+    const BackwardPlan plan = plan_backward(kH100, p);
+    const bool found = sm90::kBackwardTiles[plan.variant].around;
+    CHECK(plan.first_stores || !found, show(kH100, p));
+    return found;
   };
-  const auto full = [](BackwardProblem&) {};
   for (int32_t head_dim : {64, 128}) {
-    CHECK(around(head_dim, 512, full) && around(head_dim, 2048, full), head_dim);
-    CHECK(around(head_dim, 4096, full) == (head_dim == 128), head_dim << ": long walks");
-    CHECK(!around(head_dim, 8192, full), head_dim << ": long walks");
-    CHECK(!around(head_dim, 1000, full), head_dim << ": masks");
-    CHECK(!around(head_dim, 512, [](BackwardProblem& p) { p.is_causal = true; }), head_dim);
-    CHECK(!around(head_dim, 512, [](BackwardProblem& p) { p.heads_kv = 8; }), "groups");
-    CHECK(!around(head_dim, 512, [](BackwardProblem& p) { p.deterministic = true; }), "in turn");
+    CHECK(around(head_dim, 128) && around(head_dim, 512) && around(head_dim, 2048), head_dim);
+    CHECK(around(head_dim, 4096) == (head_dim == 128), head_dim << ": long walks");
+    CHECK(!around(head_dim, 8192), head_dim << ": long walks");
+    CHECK(!around(head_dim, 1000), head_dim << ": masks");
+    CHECK(!around(head_dim, 512, 8) && around(head_dim, 1024, 8), "tiles for each head");
+    CHECK(around(head_dim, 256, 2) && around(head_dim, 2048, 2), "groups of 2");
+    CHECK(around(head_dim, 2048, 4) == (head_dim == 64), "groups of 4");
+    CHECK(!around(head_dim, 4096, 2), "groups of 2");
+    CHECK(!around(head_dim, 512, 1, [](BackwardProblem& p) { p.is_causal = true; }), "masks");
+    CHECK(!around(head_dim, 512, 1, [](BackwardProblem& p) { p.deterministic = true; }), "turns");
   }
-  CHECK(!around(256, 512, full), "pairs");
+  CHECK(!around(256, 512), "pairs");
 }
 
 CASE(backward_on_hopper_leaves_the_rest_to_sm80) {
