@@ -2,7 +2,8 @@
 // compute-sanitizer: exact allocations, outputs full of NaN before, and every element of them
 // written after.
 //
-//   launch_test                  all problems; prints their names and their number
+//   launch_test                  all problems; prints their names and their number. Every tile of
+//                                Hopper's tables must be among them
 //   launch_test --part I N [T]   every N-th of them, from the I-th on; T times each
 //   launch_test --only NAME [T]  the one of that name; prints all names where none is that
 //   launch_test --plant TOOL     a kernel with the fault that memcheck, racecheck or synccheck
@@ -19,11 +20,14 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <set>
 #include <string>
 #include <vector>
 
 #include "plan.h"
 #include "problem.h"
+#include "sm90/backward_tiles.h"
+#include "sm90/tiles.h"
 
 using namespace flash2;
 
@@ -122,6 +126,7 @@ struct Case {
   bool deterministic;
   int32_t smem = 0;  // the device's bytes of shared memory a block, and its multiprocessors;
   int num_sms = 0;   // 0: as many as it has
+  bool scale_gradient = true;  // some kernels serve only calls without
 
   std::string name() const {
     const auto pair = [](int a, int b) { return std::to_string(a) + "/" + std::to_string(b); };
@@ -134,6 +139,7 @@ struct Case {
     if (deterministic) text += ", deterministic";
     if (smem > 0) text += ", smem " + std::to_string(smem);
     if (num_sms > 0) text += ", sms " + std::to_string(num_sms);
+    if (!scale_gradient) text += ", no gradient of the scale";
     return text;
   }
   Device on(Device device) const {
@@ -207,6 +213,16 @@ void require_finite(const Array<uint16_t>& array, DataType type, const std::stri
   }
 }
 
+// The tiles of Hopper's tables that the problems so far have reached.
+std::set<int> forward_tiles, backward_tiles;
+
+void require_all(const std::set<int>& reached, int count, const char* table) {
+  for (int tile = 0; tile < count; ++tile) {
+    require(reached.count(tile),
+            "no problem reaches tile " + std::to_string(tile) + " of " + table);
+  }
+}
+
 // FNV-1a over the results that are the same in every run, however the warps were delayed.
 uint64_t results = 0xcbf29ce484222325u;
 
@@ -232,6 +248,7 @@ void run(const Device& actual, const Case& c) {
   f.out_stride = f.query_stride;
   const ForwardPlan forward = plan_forward(device, f, c.family);
   require(forward.status == PlanStatus::kOk, name + ": " + describe(forward.status));
+  if (forward.family == 90) forward_tiles.insert(forward.variant);
   const Array<uint8_t> forward_workspace(
       std::vector<uint8_t>(std::max<size_t>(forward.workspace_bytes, 1), 0xff));
   cuda(launch_forward(f, forward, forward_workspace.data(), nullptr), name.c_str());
@@ -251,12 +268,13 @@ void run(const Device& actual, const Case& c) {
   fill(b, a, type, head_dim, shape, setting);
   b.out = a.out.data(), b.dout = dout.data(), b.lse = a.lse.data(), b.dlse = dlse.data();
   b.dquery = dq.data(), b.dkey = dk.data(), b.dvalue = dv.data();
-  b.dscale_rows = dscale_rows.data();
+  if (c.scale_gradient) b.dscale_rows = dscale_rows.data();
   b.out_stride = b.dout_stride = b.dquery_stride = b.query_stride;
   b.dkey_stride = b.dvalue_stride = b.key_stride;
   b.deterministic = c.deterministic;
   const BackwardPlan backward = plan_backward(device, b, c.family);
   require(backward.status == PlanStatus::kOk, name + ": " + describe(backward.status));
+  if (backward.family == 90) backward_tiles.insert(backward.variant);
   const Array<uint8_t> workspace(std::vector<uint8_t>(backward.workspace.bytes, 0xff));
   cuda(launch_backward(b, backward, workspace.data(), nullptr), name.c_str());
   cuda(cudaDeviceSynchronize(), name.c_str());
@@ -266,6 +284,7 @@ void run(const Device& actual, const Case& c) {
   add_results(dk.host());
   add_results(dv.host());
   if (c.deterministic) add_results(dq.host());
+  if (!c.scale_gradient) return;
   for (float x : dscale_rows.host()) require(!std::isnan(x), name + ": dscale has NaN");
 }
 
@@ -309,6 +328,27 @@ std::vector<Case> cases(const Device& device) {
           found.push_back({&setting, type, head_dim, shape, 0, deterministic, 0, num_sms});
         }
       }
+    }
+  }
+  // What these do not reach, without a gradient of the scale: whole key tiles, of which few or
+  // many share a head, and long rows. Walks that go around, dQ made inside the main kernel, steps
+  // of 80 rows, a tile's keys shared out at head_dim 64, pairs of blocks.
+  const Setting &plain = kSettings[0], &causal = kSettings[1];
+  const struct {
+    const Setting& setting;
+    int head_dim;
+    Shape shape;
+  } more[] = {
+      {plain, 64, {130, 128, 2}},    {plain, 64, {260, 384, 4}},   {plain, 64, {200, 512, 2}},
+      {causal, 64, {260, 384, 4}},   {causal, 64, {1030, 200, 4}}, {causal, 64, {5, 8200, 1}},
+      {plain, 128, {260, 384, 4}},   {plain, 128, {200, 512, 2}},  {plain, 128, {200, 256, 1}},
+      {plain, 128, {1030, 128, 2}},  {plain, 128, {1030, 256, 4}}, {plain, 128, {1030, 256, 2}},
+      {plain, 128, {1280, 8192, 4}}, {plain, 256, {1030, 128, 4}},
+  };
+  for (DataType type : {DataType::kBFloat16, DataType::kFloat16}) {
+    for (const auto& m : more) {
+      const int num_sms = type == DataType::kBFloat16 ? 2 : 0;
+      found.push_back({&m.setting, type, m.head_dim, m.shape, 0, false, 0, num_sms, false});
     }
   }
   return found;
@@ -384,6 +424,10 @@ int main(int argc, char** argv) {
     std::printf("%s\n", all[i].name().c_str());  // what a tool says next is about it
     std::fflush(stdout);
     for (int t = 0; t < times; ++t) run(device, all[i]);
+  }
+  if (device.compute_capability == 90 && !by_name && !by_part) {
+    require_all(forward_tiles, sm90::kForwardTileCount, "the forward");
+    require_all(backward_tiles, sm90::kBackwardTileCount, "the backward");
   }
   std::printf("%d problems\nresults %016llx\n", done, static_cast<unsigned long long>(results));
 }

@@ -35,6 +35,26 @@ def test_only_the_logsumexp_has_a_cotangent(head_dim):
         assert (ours["dquery"] != 0).any(), family
 
 
+# On Hopper key tiles of such calls begin their walks apart, where there are as many as query
+# heads to a key head; steps are of 80 rows at head_dim 128 from 1024 rows on.
+WHOLE_KEY_TILES = ((512, 512), (300, 1024), (1100, 640), (70, 2048), (1024, 1024))
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 4, 8])
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_whole_key_tiles_without_masks(head_dim, kv_heads):
+    for number, (q_length, kv_length) in enumerate(WHOLE_KEY_TILES):
+        case = gpu_case(
+            q_length=q_length,
+            kv_length=kv_length,
+            heads=8,
+            kv_heads=kv_heads,
+            head_dim=head_dim,
+            dtype=("bfloat16", "float16")[number % 2],
+        )
+        check_families(case.inputs(seed=number), str(case))
+
+
 @pytest.mark.parametrize(
     ("options", "shape"),
     [
