@@ -15,6 +15,11 @@ bool has_masks(const Problem& p) {
 
 namespace {
 
+// The head_dim of the tiles that serve the problem, one of the bucket's.
+int32_t tile_dim(const ForwardProblem& p, int32_t bucket) {
+  return bucket == 256 && std::max(p.head_dim, p.head_dim_v) <= 192 ? 192 : bucket;
+}
+
 // The tile that serves the problem if heads are not packed.
 int find_tile(const ForwardProblem& p, int32_t head_dim) {
   const bool masked = has_masks(p);
@@ -30,7 +35,7 @@ int find_tile(const ForwardProblem& p, int32_t head_dim) {
   return found;
 }
 
-// The bucket's tile that packs heads.
+// The tile of this head_dim that packs heads.
 int find_packing_tile(int32_t head_dim, bool joins) {
   int i = 0;
   while (kForwardTiles[i].head_dim != head_dim || !kForwardTiles[i].packs() ||
@@ -79,8 +84,9 @@ bool serves(const Device& device, const ForwardProblem& p) {
 
 void choose_tile(const ForwardProblem& p, ForwardPlan* plan) {
   plan->family = 90;
-  plan->variant = find_tile(p, plan->head_dim);
-  const int packing = find_packing_tile(plan->head_dim, false);
+  const int32_t head_dim = tile_dim(p, plan->head_dim);
+  plan->variant = find_tile(p, head_dim);
+  const int packing = find_packing_tile(head_dim, false);
   const int32_t packed_tile_q = kForwardTiles[packing].tile_q();
   plan->pack = choose_pack(p, kForwardTiles[plan->variant].tile_q(), packed_tile_q);
   const int joining = find_packing_tile(plan->head_dim, true);

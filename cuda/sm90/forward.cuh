@@ -66,7 +66,7 @@ const void* find_forward(int tile, std::integer_sequence<int, kTiles...>) {
   const void* found = nullptr;
   const auto consider = [&](auto candidate) {
     constexpr int kTile = decltype(candidate)::value;
-    if constexpr (kForwardTiles[kTile].head_dim == kHeadDim) {
+    if constexpr (kForwardTiles[kTile].bucket() == kHeadDim) {
       if (tile == kTile) found = reinterpret_cast<const void*>(&forward<kTile, kType>);
     }
   };

@@ -31,7 +31,7 @@ struct ForwardSchedule {
   int splits;         // the plan's
 };
 
-// The kernel for an index into kForwardTiles of this head_dim, or null. It takes a ForwardMaps, a
+// The kernel for an index into kForwardTiles of this bucket, or null. It takes a ForwardMaps, a
 // ForwardParams and a ForwardSchedule.
 template <int kHeadDim, DataType kType>
 const void* forward_kernel(int tile, bool general);

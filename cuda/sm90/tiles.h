@@ -12,7 +12,7 @@
 namespace flash2::sm90 {
 
 struct ForwardTile {
-  int head_dim;   // the bucket
+  int head_dim;   // the most that it serves
   bool masked;    // with code for masks; else only the last block of keys may be ragged
   int consumers;  // warpgroups of 64 query rows
   int tile_kv;
@@ -27,6 +27,7 @@ struct ForwardTile {
   // without which the blocks wait for each other.
   bool pairs = false;
 
+  FLASH2_HOST_DEVICE constexpr int bucket() const { return head_dim == 192 ? 256 : head_dim; }
   // Of K and of V.
   FLASH2_HOST_DEVICE constexpr int stages() const { return pairs || consumers == 1 ? 3 : 2; }
   // Blocks that bring K and V together, and the rows that each of them brings.
@@ -42,10 +43,10 @@ struct ForwardTile {
   }
   // Whether the next tile's Q is called into the L2 cache as soon as that tile is known. It gained
   // 2 to 4 % at length 512 without masks, and lost up to 9 % with them and at head_dim 256.
-  FLASH2_HOST_DEVICE constexpr bool prefetches_q() const { return !masked && head_dim < 256; }
+  FLASH2_HOST_DEVICE constexpr bool prefetches_q() const { return !masked && head_dim <= 128; }
   // Lanes that exchange words of the output. Two take half the instructions and write 32 bytes of
   // a row at a time, which gains 1 to 2 % up to length 1024 and loses as much at head_dim 256.
-  FLASH2_HOST_DEVICE constexpr int out_lanes() const { return head_dim < 256 ? 2 : 4; }
+  FLASH2_HOST_DEVICE constexpr int out_lanes() const { return head_dim <= 128 ? 2 : 4; }
   FLASH2_HOST_DEVICE constexpr int tile_q() const { return 64 * consumers; }
   FLASH2_HOST_DEVICE constexpr int blocks_per_sm() const { return consumers == 1 ? 2 : 1; }
   FLASH2_HOST_DEVICE constexpr int threads() const { return 128 * (consumers + 1); }
@@ -87,6 +88,9 @@ inline constexpr ForwardTile kForwardTiles[] = {
     // 16k.
     {256, true, 2, 64, 1, false, true, false, 0},
     {256, true, 2, 80, 1, false, true, false, 0, true},
+    // 217 KB. For head_dims of the bucket 256 that three panels hold.
+    {192, false, 2, 112, 1, false, true, false, 0},
+    {192, true, 2, 112, 1, false, true, false, 0},
 };
 // Query lengths up to it prefer the first masked tile of a bucket, longer ones the last.
 inline constexpr int kShort = 1024;
