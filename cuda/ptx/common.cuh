@@ -43,6 +43,13 @@ __device__ __forceinline__ float exp2(float x) {
   return y;
 }
 
+// Likewise, within one unit in the last place; of inf it is 0. PTX ISA 9.7.3, rcp.
+__device__ __forceinline__ float reciprocal(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 // Likewise; of 0 it is -inf. PTX ISA 9.7.3, lg2.
 __device__ __forceinline__ float log2(float x) {
   float y;

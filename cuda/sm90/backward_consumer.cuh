@@ -39,6 +39,7 @@ __device__ __forceinline__ void consume(const BackwardParams& params,
   // Logsumexps come before a step's products, exponentials before the wait for dP. At head_dim 64
   // it lost 2 %: they take 32 registers there.
   constexpr bool kEarly = kD == 128;
+  constexpr bool kCapped = kT.capped;
   constexpr int kBoth = 1;  // the named barrier of both consumers
   const BackwardProblem& p = params.problem;
   const int lane = threadIdx.x % 32, thread = threadIdx.x % 128;
@@ -58,6 +59,7 @@ __device__ __forceinline__ void consume(const BackwardParams& params,
   // dQ beside both gradients lies where S was: ptxas finds no other place.
   auto& dquery_beside = reinterpret_cast<float (&)[4 * kBlocks]>(s);
   uint32_t probabilities[kQ / 16][4], ds[kQ / 16][4];
+  uint32_t sloped[kCapped ? kQ / 16 : 1][4];
   Ring<2> ring, tile_ring;  // Q and dO stand at the same stage
   uint32_t ds_stage = 0, kv_parity = 0, dquery_parity = 1, odd = 0;
   const uint32_t ds_to = transposed_row(smem.ds(0) + consumer * kQueryPanel, warp, lane);
@@ -142,21 +144,33 @@ __device__ __forceinline__ void consume(const BackwardParams& params,
     ptx::wgmma_wait<1>();
     ptx::pin(s);
     if constexpr (!kEarly) load_columns(lse2, smem.lse2(stage));
-    to_probabilities(s, lse2, factor);
+    uint32_t bits;
+    if constexpr (kCapped) {
+      to_capped<kType>(s, lse2, SoftCap(p.soft_cap, tile.scale), probabilities, sloped);
+      bits = bits_of(sloped);
+    } else {
+      to_probabilities(s, lse2, factor);
+      bits = bits_of(s);
+    }
     // Depends on all exponentials, but only in name: the assembler, which lifts the wait for dP
     // over arithmetic, cannot lift it over a barrier.
-    if constexpr (kEarly && !kFirst) wait_other_ds(ds_stage ^ 1, bits_of(s) & params.zero);
+    if constexpr (kEarly && !kFirst) wait_other_ds(ds_stage ^ 1, bits & params.zero);
     ptx::wgmma_wait<0>();
     ptx::pin(dp);
     load_columns(delta, smem.delta(stage));
-    to_dscores<kType>(s, dp, delta, ds);
-    pack_all<kType>(s, probabilities);
+    if constexpr (kCapped) {
+      to_dscores<kType>(sloped, dp, delta, ds);
+    } else {
+      to_dscores<kType>(s, dp, delta, ds);
+      pack_all<kType>(s, probabilities);
+    }
     // Here, where scores and dP are gone: ptxas has no registers for it before.
     if constexpr (kCut) {
       uint32_t visible[2];
       find_visible(visible, p, tile, tile.first_key() + consumer * 64 + warp * 16 + lane / 4,
                    query_tile * kQ);
-      mask_operands(probabilities, ds, visible);
+      mask_operand(probabilities, visible);
+      mask_operand(ds, visible);
     }
     if constexpr (!kEarly && !kFirst) wait_other_ds(ds_stage ^ 1);
     // For dQ, which reads dS of the step before. Its writers would wait for their stores; here

@@ -44,10 +44,18 @@ __device__ __forceinline__ void consume_probabilities(const PairConsumer<kTile, 
   const int whole_begin = uniform(whole.begin), whole_end = uniform(whole.end);
   const int clear = uniform(c.tile.clear_rows(p));
   const uint32_t p_to = transposed_row(smem.ds(0) + c.rank * Consumer::kPanel, c.warp(), c.lane());
+  constexpr bool kCapped = Consumer::kT.capped;
   float s[32], dquery[32];
-  uint32_t probabilities[4][4];
+  uint32_t probabilities[4][4], kept[kCapped ? 4 : 1][4], sloped[kCapped ? 4 : 1][4];
   PairPlace before(c.params, c.walk);  // of the step before
 
+  const auto is_cut = [&](int query_tile) {
+    return Consumer::kT.masked && (query_tile < whole_begin || query_tile >= whole_end);
+  };
+  const auto find_visible_rows = [&](uint32_t (&visible)[2], int query_tile) {
+    find_visible(visible, p, c.tile, first_key + c.warp() * 16 + c.lane() / 4,
+                 query_tile * Consumer::kQ);
+  };
   // Of the step before the one at ring.stage. What comes once a step has the parity of its stage.
   const auto start_dquery = [&] {
     ptx::mbarrier_wait(smem.ds_full(), ring.stage ^ 1);
@@ -62,6 +70,11 @@ __device__ __forceinline__ void consume_probabilities(const PairConsumer<kTile, 
       if (clear < Consumer::kQ && query_tile == c.tile.end - 1) c.clear_queries(ring, clear);
     }
     ptx::mbarrier_wait(smem.query_full(stage), ring.parity);
+    uint32_t visible[2];
+    if constexpr (kCapped) {  // here, and without a branch below: else C7512
+      visible[0] = visible[1] = ~0u;
+      if (is_cut(query_tile)) find_visible_rows(visible, query_tile);
+    }
     float2 lse2[Consumer::kQ / 8];
     load_columns(lse2, smem.lse2(stage));  // behind products they would wait for these
     ptx::wgmma_fence();
@@ -73,18 +86,19 @@ __device__ __forceinline__ void consume_probabilities(const PairConsumer<kTile, 
     }
     ptx::wgmma_wait<kFirst ? 0 : 1>();
     ptx::pin(s);
-    to_probabilities(s, lse2, factor);
-    if constexpr (Consumer::kT.masked) {
-      if (query_tile < whole_begin || query_tile >= whole_end) {
-        uint32_t visible[2];
-        find_visible(visible, p, c.tile, first_key + c.warp() * 16 + c.lane() / 4,
-                     query_tile * Consumer::kQ);
+    // After all exponentials, in name: the assembler would put them behind the wait for dQ.
+    if constexpr (kCapped) {
+      to_capped<kType>(s, lse2, SoftCap(p.soft_cap, c.tile.scale), kept, sloped);
+      c.release(smem.query_empty(stage) + (bits_of(sloped) & c.params.zero));
+    } else {
+      to_probabilities(s, lse2, factor);
+      if (is_cut(query_tile)) {
+        find_visible_rows(visible, query_tile);
         mask_probabilities(s, visible);
       }
+      ptx::pin(s);  // stay float32 until dQ is gone: 240 registers are few
+      c.release(smem.query_empty(stage) + (bits_of(s) & c.params.zero));
     }
-    ptx::pin(s);  // stay float32 until dQ is gone: 240 registers are few
-    // After all exponentials, in name: the assembler would put them behind the wait for dQ.
-    c.release(smem.query_empty(stage) + (bits_of(s) & c.params.zero));
     if constexpr (!kFirst) {
       ptx::wgmma_wait<0>();
       ptx::pin(dquery);
@@ -92,16 +106,21 @@ __device__ __forceinline__ void consume_probabilities(const PairConsumer<kTile, 
     }
     // Nobody reads dS any more, and the copy to the other block has left.
     ptx::mbarrier_wait(smem.ds_empty(), stage ^ 1);
+    if constexpr (kCapped) mask_operand(sloped, visible);
     // float16 whatever the type: it fits the scaled P best. By an instruction of its own: words
     // that also were an operand of dV would be registers too many (C7512).
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
-      uint32_t words[4];
+      if constexpr (kCapped) {
+        ptx::store_matrix_x4_transposed(p_to + k * 2048, sloped[k]);
+      } else {
+        uint32_t words[4];
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        words[i] = ptx::pack_positive(s[8 * k + 2 * i], s[8 * k + 2 * i + 1]);
+        for (int i = 0; i < 4; ++i) {
+          words[i] = ptx::pack_positive(s[8 * k + 2 * i], s[8 * k + 2 * i + 1]);
+        }
+        ptx::store_matrix_x4_transposed(p_to + k * 2048, words);
       }
-      ptx::store_matrix_x4_transposed(p_to + k * 2048, words);
     }
     __syncwarp();
     if (c.lane() == 0) ptx::mbarrier_arrive(smem.p_full());
@@ -109,7 +128,13 @@ __device__ __forceinline__ void consume_probabilities(const PairConsumer<kTile, 
       c.add_dquery(dquery, before, stage ^ 1);
       before.next(c.params, c.walk);
     }
-    pack_all<kType>(s, probabilities);
+    if constexpr (kCapped) {
+      mask_operand(kept, visible);
+#pragma unroll
+      for (int i = 0; i < 16; ++i) probabilities[i / 4][i % 4] = ptx::opaque(kept[i / 4][i % 4]);
+    } else {
+      pack_all<kType>(s, probabilities);
+    }
     ptx::mbarrier_wait(smem.dout_full(stage), ring.parity);
     ptx::wgmma_fence();
     c.start_gradient(dvalue, probabilities, smem.dout(stage));

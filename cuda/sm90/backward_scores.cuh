@@ -12,6 +12,7 @@
 #include "problem.h"
 #include "ptx/common.cuh"
 #include "ptx/warpgroup.cuh"
+#include "softmax.cuh"
 
 namespace flash2::sm90 {
 
@@ -55,12 +56,55 @@ __device__ __forceinline__ void to_probabilities(float (&s)[kRegisters],
   }
 }
 
+// With a soft cap c a score x becomes c tanh(x / c) = 2 c v - c with v = 1 / (1 + exp(-2 x / c)),
+// whose derivative is 4 v (1 - v).
+struct SoftCap {
+  float gain;    // -2 / c, of raw scores, to base 2
+  float factor;  // 2 c, to base 2
+
+  __device__ __forceinline__ SoftCap(float cap, float scale)
+      : gain(-2.0f * kLog2E * scale / cap), factor(2.0f * kLog2E * cap) {}
+};
+
+// P^T from S^T as A operands of k16 steps, and P^T times the cap's derivative, of which dS^T is
+// made: in float16 whatever the type, which fits the scaled P best. Both take the registers that
+// S^T had.
+template <DataType kType, int kRegisters>
+__device__ __forceinline__ void to_capped(const float (&s)[kRegisters],
+                                          float2 (&lse2)[kRegisters / 4], const SoftCap& cap,
+                                          uint32_t (&probabilities)[kRegisters / 8][4],
+                                          uint32_t (&sloped)[kRegisters / 8][4]) {
+#pragma unroll
+  for (int j = 0; j < kRegisters / 4; ++j) {
+    const float base[2] = {lse2[j].x + 0.5f * cap.factor, lse2[j].y + 0.5f * cap.factor};
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      float prob[2], slope[2];
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const float v = ptx::reciprocal(1.0f + ptx::exp2(s[4 * j + 2 * r + i] * cap.gain));
+        prob[i] = ptx::exp2(fmaf(v, cap.factor, -base[i]));
+        slope[i] = prob[i] * fmaf(-4.0f * v, v, 4.0f * v);
+      }
+      probabilities[j / 2][j % 2 * 2 + r] = ptx::pack<kType>(prob[0], prob[1]);
+      sloped[j / 2][j % 2 * 2 + r] = ptx::pack_positive(slope[0], slope[1]);
+    }
+  }
+}
+
 // A number that depends on all of them.
 template <int kRegisters>
 __device__ __forceinline__ uint32_t bits_of(const float (&s)[kRegisters]) {
   uint32_t bits = 0;
 #pragma unroll
   for (int i = 0; i < kRegisters; ++i) bits |= __float_as_uint(s[i]);
+  return bits;
+}
+template <int kSteps>
+__device__ __forceinline__ uint32_t bits_of(const uint32_t (&words)[kSteps][4]) {
+  uint32_t bits = 0;
+#pragma unroll
+  for (int i = 0; i < 4 * kSteps; ++i) bits |= words[i / 4][i % 4];
   return bits;
 }
 
@@ -100,21 +144,17 @@ __device__ __forceinline__ void mask_probabilities(float (&s)[kRegisters],
       }
 }
 
-// The same of both operands of k16 steps.
+// The same of an operand of k16 steps.
 template <int kSteps>
-__device__ __forceinline__ void mask_operands(uint32_t (&probabilities)[kSteps][4],
-                                              uint32_t (&ds)[kSteps][4],
-                                              const uint32_t (&visible)[2]) {
+__device__ __forceinline__ void mask_operand(uint32_t (&words)[kSteps][4],
+                                             const uint32_t (&visible)[2]) {
 #pragma unroll
   for (int k = 0; k < kSteps; ++k)
 #pragma unroll
     for (int w = 0; w < 4; ++w) {
       const int j = 2 * k + w / 2;
       // Each half of the word is a byte's top bit, again and again.
-      const uint32_t word =
-          ptx::permute_bytes(visible[w % 2] << (7 - j % 8), j < 8 ? 0x9988 : 0xbbaa);
-      probabilities[k][w] &= word;
-      ds[k][w] &= word;
+      words[k][w] &= ptx::permute_bytes(visible[w % 2] << (7 - j % 8), j < 8 ? 0x9988 : 0xbbaa);
     }
 }
 
@@ -133,6 +173,25 @@ __device__ __forceinline__ void to_dscores(const float (&s)[kRegisters],
       ds[j / 2][j % 2 * 2 + r] =
           ptx::pack<kType>(s[e] * fmaf(dp[e], kProbabilityUnit, -delta[j].x),
                            s[e + 1] * fmaf(dp[e + 1], kProbabilityUnit, -delta[j].y));
+    }
+  }
+}
+
+// The same from what `to_capped` has left of P^T.
+template <DataType kType, int kRegisters>
+__device__ __forceinline__ void to_dscores(const uint32_t (&sloped)[kRegisters / 8][4],
+                                           const float (&dp)[kRegisters],
+                                           const float2 (&delta)[kRegisters / 4],
+                                           uint32_t (&ds)[kRegisters / 8][4]) {
+#pragma unroll
+  for (int j = 0; j < kRegisters / 4; ++j) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const int e = 4 * j + 2 * r;
+      const float2 p = ptx::unpack<DataType::kFloat16>(sloped[j / 2][j % 2 * 2 + r]);
+      ds[j / 2][j % 2 * 2 + r] =
+          ptx::pack<kType>(p.x * fmaf(dp[e], kProbabilityUnit, -delta[j].x),
+                           p.y * fmaf(dp[e + 1], kProbabilityUnit, -delta[j].y));
     }
   }
 }

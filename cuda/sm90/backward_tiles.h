@@ -22,6 +22,8 @@ struct BackwardTile {
   // Walks of key tiles that are at work at once begin at query tiles of their own and go around;
   // whoever comes first to a query tile stores. (One kernel for both ways: 1 % slower long walks.)
   bool around = false;
+  // For scores with a soft cap, with masks or without.
+  bool capped = false;
 
   FLASH2_HOST_DEVICE constexpr int tile_kv() const { return 128; }
   FLASH2_HOST_DEVICE constexpr int keys() const { return tile_kv() / blocks; }  // of one block
@@ -66,6 +68,10 @@ inline constexpr BackwardTile kBackwardTiles[] = {
     {256, 64, 2, true, false},   // 225 KB, twice
     {256, 64, 2, false, false, true},
     {256, 64, 2, true, false, true},
+    {128, 64, 1, true, false, false, false, true},
+    {128, 64, 1, true, true, false, false, true},
+    {256, 64, 2, true, false, false, false, true},
+    {256, 64, 2, true, false, true, false, true},
 };
 inline constexpr int kBackwardTileCount = sizeof(kBackwardTiles) / sizeof(kBackwardTiles[0]);
 

@@ -17,17 +17,19 @@ namespace {
 
 // The head_dim of the tiles that serve the problem, one of the bucket's.
 int32_t tile_dim(const ForwardProblem& p, int32_t bucket) {
-  return bucket == 256 && std::max(p.head_dim, p.head_dim_v) <= 192 ? 192 : bucket;
+  const bool narrow = std::max(p.head_dim, p.head_dim_v) <= 192 && p.soft_cap == 0.0f;
+  return bucket == 256 && narrow ? 192 : bucket;
 }
 
 // The tile that serves the problem if heads are not packed.
 int find_tile(const ForwardProblem& p, int32_t head_dim) {
-  const bool masked = has_masks(p);
+  const bool capped = p.soft_cap > 0.0f, masked = capped || has_masks(p);
   const bool pairs = p.seq_kv >= kPairsKeys;
   int found = -1;
   for (int i = 0; i < kForwardTileCount; ++i) {
     const ForwardTile& tile = kForwardTiles[i];
-    if (tile.head_dim != head_dim || tile.masked != masked || tile.joins) continue;
+    if (tile.head_dim != head_dim || tile.masked != masked || tile.capped != capped) continue;
+    if (tile.joins) continue;
     if (tile.pairs && !(pairs && tiles_of_pack(p, 1, tile.tile_q()) % 2 == 0)) continue;
     found = i;
     if (p.seq_q <= kShort) break;
@@ -36,10 +38,10 @@ int find_tile(const ForwardProblem& p, int32_t head_dim) {
 }
 
 // The tile of this head_dim that packs heads.
-int find_packing_tile(int32_t head_dim, bool joins) {
+int find_packing_tile(int32_t head_dim, bool joins, bool capped) {
   int i = 0;
   while (kForwardTiles[i].head_dim != head_dim || !kForwardTiles[i].packs() ||
-         kForwardTiles[i].joins != joins) {
+         kForwardTiles[i].joins != joins || kForwardTiles[i].capped != capped) {
     ++i;
   }
   return i;
@@ -67,8 +69,8 @@ int32_t choose_pack(const ForwardProblem& p, int32_t tile_q, int32_t packed_tile
 // there may be fewer tiles than multiprocessors. No block gets less than kLeastShare of the keys,
 // so that little is lost where there are many tiles: the batch size must not decide, as above.
 int32_t choose_splits(const ForwardProblem& p, int32_t head_dim, int32_t pack, int32_t tile_q) {
-  const bool all_keys =
-      p.window_left == kUnbounded && p.chunk_size == 0 && !p.query_segment_ids.data;
+  const bool all_keys = p.window_left == kUnbounded && p.chunk_size == 0 &&
+                        !p.query_segment_ids.data && p.soft_cap == 0.0f;
   if (!all_keys || tiles_of_pack(p, pack, tile_q) > kMostJoinedRows / tile_q) return 1;
   int32_t splits = 1;
   while (splits < kMostSplits && p.seq_kv / (2 * splits) >= kLeastShare / head_dim) splits *= 2;
@@ -79,17 +81,17 @@ int32_t choose_splits(const ForwardProblem& p, int32_t head_dim, int32_t pack, i
 
 bool serves(const Device& device, const ForwardProblem& p) {
   // A tensor map has no empty axis.
-  return device.compute_capability == 90 && !bends_scores(p) && p.seq_kv > 0;
+  return device.compute_capability == 90 && !p.alibi_slopes.data && p.seq_kv > 0;
 }
 
 void choose_tile(const ForwardProblem& p, ForwardPlan* plan) {
   plan->family = 90;
   const int32_t head_dim = tile_dim(p, plan->head_dim);
   plan->variant = find_tile(p, head_dim);
-  const int packing = find_packing_tile(head_dim, false);
+  const int packing = find_packing_tile(head_dim, false, p.soft_cap > 0.0f);
   const int32_t packed_tile_q = kForwardTiles[packing].tile_q();
   plan->pack = choose_pack(p, kForwardTiles[plan->variant].tile_q(), packed_tile_q);
-  const int joining = find_packing_tile(plan->head_dim, true);
+  const int joining = find_packing_tile(plan->head_dim, true, false);
   plan->splits = choose_splits(p, plan->head_dim, plan->pack, kForwardTiles[joining].tile_q());
   if (plan->splits > 1) {
     plan->variant = joining;

@@ -48,13 +48,16 @@ bool serves(const Device& device, const BackwardProblem& p) {
   const bool empty = p.batch == 0 || p.heads_q == 0 || p.seq_q == 0 || p.seq_kv == 0;
   // For the same reason key tiles cannot take turns.
   const bool turns = p.deterministic && p.query_segment_ids.data;
-  return device.compute_capability == 90 && !bends_scores(p) && !turns && !empty;
+  // At head_dim 64 a cap's derivative takes registers that no step of 128 queries has (C7511).
+  const bool too_wide = p.soft_cap > 0.0f && bucket(p) == 64;
+  return device.compute_capability == 90 && !p.alibi_slopes.data && !turns && !too_wide && !empty;
 }
 
 void choose_tile(const BackwardProblem& p, BackwardPlan* plan) {
   const bool pair = plan->head_dim == 256;
+  const bool capped = p.soft_cap > 0.0f;
   // Whether some row of a tile of 128 keys may not see all of them.
-  const bool masked = has_masks(p) || p.seq_kv % 128 != 0;
+  const bool masked = capped || has_masks(p) || p.seq_kv % 128 != 0;
   // Elsewhere a kernel for it would be no faster.
   const bool deterministic = p.deterministic && masked && plan->head_dim == 128;
   // 80 query rows a step: 1 to 2 % faster at 1024 rows, 4 to 6 % at 2048 and beyond. Made for
@@ -68,7 +71,7 @@ void choose_tile(const BackwardProblem& p, BackwardPlan* plan) {
     const BackwardTile& tile = kBackwardTiles[i];
     if (tile.head_dim != plan->head_dim || tile.masked != masked ||
         tile.deterministic != deterministic || tile.turns != turns || tile.around != around ||
-        tile.transposed() != large) {
+        tile.capped != capped || tile.transposed() != large) {
       continue;
     }
     plan->family = 90;

@@ -85,11 +85,14 @@ struct Consumer {
 #pragma unroll 1
         for (; n < work.masked; ++n) {
           const int first_key = work.first_key<kTileKv>(n);
-          step(n, [&](Scores& scores) { rows.template mask<kTileKv>(scores, first_key); });
+          step(n, [&](Scores& scores) {
+            rows.cap(scores);
+            rows.template mask<kTileKv>(scores, first_key);
+          });
         }
       }
 #pragma unroll 1
-      for (; n < work.steps; ++n) step(n, [](Scores&) {});
+      for (; n < work.steps; ++n) step(n, [&](Scores& scores) { rows.cap(scores); });
 
       if constexpr (kT.joins) {
         join(work, o, probabilities);
@@ -278,9 +281,11 @@ struct Consumer {
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         const RowPlace<kT.packs()> row(schedule, work, first_row() + 8 * r);
-        const float sink = kHasSink && row.exists(p) ? p.sinks.at(work.batch, row.head) : 0.0f;
+        float sink = kHasSink && row.exists(p) ? p.sinks.at(work.batch, row.head) : 0.0f;
+        if constexpr (kT.capped) sink += p.soft_cap;  // as scores: RowScores::cap
         norm[r] = rows.online.finish(r, row.position < work.q_length, rows.factor, kHasSink, sink,
                                      &lse[r]);
+        if constexpr (kT.capped) lse[r] -= p.soft_cap;
       }
     };
     if (p.sinks.data != nullptr) {

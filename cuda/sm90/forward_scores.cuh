@@ -26,6 +26,7 @@ struct RowScores {
 
   OnlineSoftmax<2> online;
   float factor;
+  float gain;                    // of the soft cap
   float decay[2];                // what O has yet to be multiplied by
   bool decayed;                  // whether some row of the warp has to
   int row_begin[2], row_end[2];  // keys that the thread's rows see
@@ -36,6 +37,10 @@ struct RowScores {
                                         const Work& work, int row) {
     online = OnlineSoftmax<2>();
     factor = score_factor(work.scale);
+    if constexpr (kT.capped) {
+      factor = 2.0f * kLog2E * p.soft_cap;
+      gain = -2.0f * kLog2E * fabsf(work.scale) / p.soft_cap;
+    }
     if constexpr (kT.masked) {
       const RowPlace<kT.packs()> places[2] = {{schedule, work, row}, {schedule, work, row + 8}};
       const int positions[2] = {places[0].position, places[1].position};
@@ -52,6 +57,18 @@ struct RowScores {
       warp_end = __shfl_sync(~0u, row_end[0], 0);
     } else {
       row_end[0] = row_end[1] = warp_end = p.seq_kv;
+    }
+  }
+
+  // With a soft cap c a score x becomes c tanh(x / c) = 2 c / (1 + exp(-2 x / c)) - c. The
+  // fraction takes the raw score's place, 2 c its factor's, and `Consumer::finish` sees to the
+  // last term. Before masks, whose -inf would become a score.
+  __device__ __forceinline__ void cap(Scores& s, int begin = 0, int end = kTileKv) {
+    if constexpr (kT.capped) {
+#pragma unroll
+      for (int i = begin / 2; i < end / 2; ++i) {
+        s[i] = ptx::reciprocal(1.0f + ptx::exp2(s[i] * gain));
+      }
     }
   }
 
@@ -108,6 +125,7 @@ struct RowScores {
     for (int part = 0; part < kParts; ++part) {
       const int begin = part * kPart;
       if (begin >= seen) continue;
+      cap(s, begin, begin + kPart);
       mask<kPart>(&s[begin / 2], first_key + begin);
       find_largest(s, begin / 8, (begin + kPart) / 8, largest);
     }

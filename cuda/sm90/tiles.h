@@ -26,6 +26,8 @@ struct ForwardTile {
   // for both. A consumer keeps Q in registers, so that shared memory has room for a third stage,
   // without which the blocks wait for each other.
   bool pairs = false;
+  // For scores with a soft cap, with masks or without.
+  bool capped = false;
 
   FLASH2_HOST_DEVICE constexpr int bucket() const { return head_dim == 192 ? 256 : head_dim; }
   // Of K and of V.
@@ -91,6 +93,9 @@ inline constexpr ForwardTile kForwardTiles[] = {
     // 217 KB. For head_dims of the bucket 256 that three panels hold.
     {192, false, 2, 112, 1, false, true, false, 0},
     {192, true, 2, 112, 1, false, true, false, 0},
+    {64, true, 2, 128, 2, true, false, false, 0, false, false, true},
+    {128, true, 2, 128, 2, false, false, false, 3, false, false, true},
+    {256, true, 2, 80, 1, false, true, false, 0, false, false, true},
 };
 // Query lengths up to it prefer the first masked tile of a bucket, longer ones the last.
 inline constexpr int kShort = 1024;

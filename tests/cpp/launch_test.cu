@@ -112,6 +112,8 @@ const Setting kSettings[] = {
     {"segments", [](Problem&) {}, false, Setting::kPacked, false},
     {"causal mixed segments", [](Problem& p) { p.is_causal = true; }, false, Setting::kMixed,
      false},
+    {"soft cap", [](Problem& p) { p.window_left = 40, p.soft_cap = 5.0f; }, false, Setting::kNone,
+     false},
     {"general", [](Problem& p) { p.is_causal = true, p.soft_cap = 5.0f; }, true, Setting::kPacked,
      true},
 };

@@ -358,6 +358,26 @@ CASE(backward_on_hopper_goes_around_where_walks_are_short) {
   CHECK(!around(256, 512), "pairs");
 }
 
+CASE(backward_on_hopper_has_tiles_for_soft_caps) {
+  for (int32_t head_dim : {80, 128, 192, 256}) {
+    for (int32_t seq : {100, 1024, 4096}) {
+      for (bool causal : {false, true}) {
+        for (bool deterministic : {false, true}) {
+          BackwardProblem p = problem(head_dim, seq);
+          p.is_causal = causal;
+          p.deterministic = deterministic;
+          CHECK(!sm90::kBackwardTiles[plan_backward(kH100, p).variant].capped, show(kH100, p));
+          p.soft_cap = 5.0f;
+          check_sound(kH100, p);
+          const BackwardPlan plan = plan_backward(kH100, p);
+          CHECK(plan.family == 90, show(kH100, p));
+          CHECK(sm90::kBackwardTiles[plan.variant].capped, show(kH100, p));
+        }
+      }
+    }
+  }
+}
+
 CASE(backward_on_hopper_leaves_the_rest_to_sm80) {
   const auto check = [&](const char* what, void (*set)(BackwardProblem&)) {
     BackwardProblem p = problem();
@@ -365,16 +385,19 @@ CASE(backward_on_hopper_leaves_the_rest_to_sm80) {
     CHECK(plan_backward(kH100, p).family == 80, what);
   };
   static const void* some = address(5 << 20);
-  check("soft cap", [](BackwardProblem& p) { p.soft_cap = 5.0f; });
+  check("soft cap at head_dim 64", [](BackwardProblem& p) {
+    p = problem(64);
+    p.soft_cap = 5.0f;
+  });
   check("slopes",
         [](BackwardProblem& p) { p.alibi_slopes.data = static_cast<const float*>(some); });
   check("deterministic with segments", [](BackwardProblem& p) {
     p.query_segment_ids.data = p.key_value_segment_ids.data = static_cast<const int32_t*>(some);
     p.deterministic = true;
   });
-  check("segments and soft cap", [](BackwardProblem& p) {
+  check("segments and slopes", [](BackwardProblem& p) {
     p.query_segment_ids.data = p.key_value_segment_ids.data = static_cast<const int32_t*>(some);
-    p.soft_cap = 5.0f;
+    p.alibi_slopes.data = static_cast<const float*>(some);
   });
   check("no keys", [](BackwardProblem& p) { p.seq_kv = 0; });
   check("no queries", [](BackwardProblem& p) { p.seq_q = 0; });

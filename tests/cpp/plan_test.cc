@@ -325,6 +325,41 @@ CASE(refuses_what_overflows) {
   check_refused(problem(8, kMaxPosition, 1, 1 << 16, 1 << 4, 1), PlanStatus::kTooManyTiles);
 }
 
+CASE(hopper_has_tiles_for_soft_caps) {
+  for (int head_dim : {40, 64, 128, 192, 256}) {
+    for (bool causal : {false, true}) {
+      for (int heads_kv : {16, 2}) {
+        for (int seq_q : {1, 512}) {
+          ForwardProblem p = problem(head_dim, seq_q, 16384, 2, 16, heads_kv);
+          p.is_causal = causal;
+          CHECK(!sm90::kForwardTiles[plan_forward(kH100, p).variant].capped, show(kH100, p));
+          p.soft_cap = 5.0f;
+          check_sound(kH100, p);
+          const ForwardPlan plan = plan_forward(kH100, p);
+          CHECK(plan.family == 90 && plan.splits == 1, show(kH100, p));
+          CHECK(sm90::kForwardTiles[plan.variant].capped, show(kH100, p));
+          CHECK(plan_forward(kH100, p, 80).family == 80, show(kH100, p));
+        }
+      }
+    }
+  }
+}
+
+CASE(hopper_has_tiles_between_128_and_256) {
+  const auto tile_dim = [](int32_t head_dim, int32_t head_dim_v, int32_t seq_q = 512) {
+    ForwardProblem p = problem(head_dim, seq_q, 16384);
+    p.head_dim_v = head_dim_v;
+    p.value_stride = p.out_stride = {512LL * 16 * head_dim_v, 16LL * head_dim_v, head_dim_v};
+    const ForwardPlan plan = plan_forward(kH100, p);
+    CHECK(plan.head_dim == 256, plan.head_dim);
+    return sm90::kForwardTiles[plan.variant].head_dim;
+  };
+  CHECK(tile_dim(192, 192) == 192 && tile_dim(136, 136) == 192, "");
+  CHECK(tile_dim(192, 128) == 192 && tile_dim(128, 192) == 192, "");
+  CHECK(tile_dim(200, 200) == 256 && tile_dim(192, 256) == 256, "");
+  CHECK(tile_dim(192, 192, 1) == 256, "keys shared out");
+}
+
 // Whether ids are packed is known on the device alone.
 CASE(segments_on_hopper_have_both_families) {
   for (int head_dim : {40, 64, 128, 256}) {
@@ -347,7 +382,7 @@ CASE(segments_on_hopper_have_both_families) {
         for (const Device& d : {kA100, kA10, kL4, kNewer}) {
           CHECK(plan_forward(d, p).family == 80 && plan_forward(d, p).otherwise.empty(), "");
         }
-        p.soft_cap = 5.0f;
+        p.alibi_slopes.data = static_cast<const float*>(address(7 << 20));
         CHECK(plan_forward(kH100, p).family == 80, show(kH100, p));
         CHECK(plan_forward(kH100, p).otherwise.empty(), show(kH100, p));
       }

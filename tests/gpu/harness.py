@@ -26,7 +26,7 @@ UNSUPPORTED = {
 }
 SUPPORTED = tuple(name for name in OPTIONS if name not in UNSUPPORTED)
 # What Hopper's kernels leave to the others.
-GENERAL = {"soft_cap", "alibi", "alibi_of_batch"}
+GENERAL = {"alibi", "alibi_of_batch"}
 HOPPER_TAKES = tuple(name for name in SUPPORTED if name not in GENERAL)
 
 
