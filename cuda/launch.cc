@@ -52,10 +52,10 @@ int launch_forward(const ForwardProblem& problem, const ForwardPlan& plan, void*
                    CUstream_st* stream) {
   if (plan.status != PlanStatus::kOk) return cudaErrorInvalidValue;
   if (plan.empty) return cudaSuccess;
+  if (plan.workspace_bytes > 0 && workspace == nullptr) return cudaErrorInvalidValue;
   if (plan.family == 90 && !plan.otherwise.empty()) {
     ForwardProblem found = problem;
     char* segments = static_cast<char*>(workspace) + sm90::kCounterBytes;
-    if (workspace == nullptr) return cudaErrorInvalidValue;
     if (int error = find_segment_intervals(&found, segments, stream)) return error;
     if (int error = sm90::launch_forward(found, plan, workspace, stream)) return error;
     return launch_forward(found, plan.otherwise.front(), nullptr, stream);

@@ -109,7 +109,8 @@ BackwardPlan plan_backward(const Device& device, const BackwardProblem& p, int32
                                                             kFinishBytes;
 
   const bool uneven = is_uneven(p), hopper = plan.family == 90;
-  if (tiles > 0 && (hopper ? sm90::takes_sections(p) : uneven)) {
+  // Where tiles are not equally long, or on Hopper wait for their turn.
+  if (tiles > 0 && (uneven || (hopper && p.deterministic))) {
     // Of Q, dO and the sums of dQ.
     const int64_t bytes =
         int64_t{p.seq_q} * (6 * p.head_dim + 2 * p.head_dim_v) * p.heads_q / p.heads_kv;

@@ -7,6 +7,7 @@ type.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -118,9 +119,10 @@ def backward(
         operands["dlse"] = jnp.broadcast_to(rows["dlse"], row_values.shape)
     deterministic = bool(spec.deterministic_backward)
     segments = x.query_segment_ids is not None
-    workspace = _backward_bytes(
-        batch, heads, length, query.shape[-1], key.shape[1], segments
-    )
+    sizes = heads, length, query.shape[-1], key.shape[1], segments
+    assert _ffi.module is not None
+    size = _ffi.module.backward_workspace_bytes
+    workspace = _of_batch(batch, lambda n: size(n, *sizes))
     grads = [(query, head_dim), (key, head_dim), (value, x.value.shape[-1])]
     results = jax.ffi.ffi_call(
         _ffi.BACKWARD,
@@ -150,26 +152,18 @@ def backward(
 
 
 def _forward_bytes(x: Operands, keys: int) -> Any:
-    """Of the forward's workspace, or for a symbolic batch a little more."""
+    """Of the forward's workspace."""
     assert _ffi.module is not None  # `_ffi.unavailable` has said so
     batch, length, _, _ = _query_shape(x)
-    segments = x.query_segment_ids is not None
     size = _ffi.module.forward_workspace_bytes
-    if isinstance(batch, int) or not segments:
-        return size(batch if segments else 1, length, keys, segments)
-    return batch * size(1, length, keys, segments)
+    if x.query_segment_ids is None:
+        return size(1, length, keys, False)  # whatever the batch
+    return _of_batch(batch, lambda n: size(n, length, keys, True))
 
 
-def _backward_bytes(
-    batch: Any, heads: int, length: int, head_dim: int, keys: int, segments: bool
-) -> Any:
-    """Likewise of the backward's."""
-    assert _ffi.module is not None
-    known = isinstance(batch, int)
-    size = _ffi.module.backward_workspace_bytes(
-        batch if known else 1, heads, length, head_dim, keys, segments
-    )
-    return size if known else batch * size
+def _of_batch(batch: Any, size: Callable[[int], int]) -> Any:
+    """``size(batch)``, or for a symbolic batch as much or a little more."""
+    return size(batch) if isinstance(batch, int) else batch * size(1)
 
 
 def _query_shape(x: Operands) -> tuple[int, int, int, int]:

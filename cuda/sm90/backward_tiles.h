@@ -14,16 +14,23 @@ struct BackwardTile {
   int head_dim;  // the bucket
   int tile_q;
   int blocks;  // that share the keys
-  bool masked;
-  bool deterministic;  // a kernel of its own; else the kernel looks at the problem
+  bool masked = false;
+  bool deterministic = false;  // a kernel of its own; else the kernel looks at the problem
   // Pair: whoever adds to sums of dQ may have to wait for others, because sums are deterministic
   // or because the first stores.
   bool turns = false;
   // Walks of key tiles that are at work at once begin at query tiles of their own and go around;
   // whoever comes first to a query tile stores. (One kernel for both ways: 1 % slower long walks.)
   bool around = false;
-  // For scores with a soft cap, with masks or without.
-  bool capped = false;
+  bool capped = false;  // for scores with a soft cap, with masks or without
+
+  // The same with these members, which are flags, set.
+  template <class... Flags>
+  constexpr BackwardTile with(Flags... flags) const {
+    BackwardTile tile = *this;
+    ((tile.*flags = true), ...);
+    return tile;
+  }
 
   FLASH2_HOST_DEVICE constexpr int tile_kv() const { return 128; }
   FLASH2_HOST_DEVICE constexpr int keys() const { return tile_kv() / blocks; }  // of one block
@@ -54,24 +61,30 @@ struct BackwardTile {
 };
 
 inline constexpr BackwardTile kBackwardTiles[] = {
-    {64, 128, 1, false, false},  // 226 KB
-    {64, 128, 1, true, false},   // 226 KB
-    {128, 64, 1, false, false},  // 193 KB
+    // 226 KB.
+    BackwardTile{64, 128, 1},
+    BackwardTile{64, 128, 1}.with(&BackwardTile::masked),
+    // 193 KB.
+    BackwardTile{128, 64, 1},
     // 226 KB. For long walks: a fifth fewer steps, hence barriers.
-    {128, 80, 1, false, false},
-    {64, 128, 1, false, false, false, true},
-    {128, 64, 1, false, false, false, true},
-    {128, 80, 1, false, false, false, true},
-    {128, 64, 1, true, false},   // 193 KB
-    {128, 64, 1, true, true},    // 193 KB
-    {256, 64, 2, false, false},  // 225 KB, twice
-    {256, 64, 2, true, false},   // 225 KB, twice
-    {256, 64, 2, false, false, true},
-    {256, 64, 2, true, false, true},
-    {128, 64, 1, true, false, false, false, true},
-    {128, 64, 1, true, true, false, false, true},
-    {256, 64, 2, true, false, false, false, true},
-    {256, 64, 2, true, false, true, false, true},
+    BackwardTile{128, 80, 1},
+    BackwardTile{64, 128, 1}.with(&BackwardTile::around),
+    BackwardTile{128, 64, 1}.with(&BackwardTile::around),
+    BackwardTile{128, 80, 1}.with(&BackwardTile::around),
+    BackwardTile{128, 64, 1}.with(&BackwardTile::masked),
+    BackwardTile{128, 64, 1}.with(&BackwardTile::masked, &BackwardTile::deterministic),
+    // 225 KB, twice.
+    BackwardTile{256, 64, 2},
+    BackwardTile{256, 64, 2}.with(&BackwardTile::masked),
+    BackwardTile{256, 64, 2}.with(&BackwardTile::turns),
+    BackwardTile{256, 64, 2}.with(&BackwardTile::masked, &BackwardTile::turns),
+    // None at head_dim 64: a cap's derivative takes registers that no step of 128 queries has.
+    BackwardTile{128, 64, 1}.with(&BackwardTile::masked, &BackwardTile::capped),
+    BackwardTile{128, 64, 1}.with(&BackwardTile::masked, &BackwardTile::deterministic,
+                                  &BackwardTile::capped),
+    BackwardTile{256, 64, 2}.with(&BackwardTile::masked, &BackwardTile::capped),
+    BackwardTile{256, 64, 2}.with(&BackwardTile::masked, &BackwardTile::turns,
+                                  &BackwardTile::capped),
 };
 inline constexpr int kBackwardTileCount = sizeof(kBackwardTiles) / sizeof(kBackwardTiles[0]);
 

@@ -34,7 +34,10 @@ bool first_stores(const BackwardProblem& p, int32_t head_dim, bool masked) {
 bool goes_around(const BackwardProblem& p, int32_t head_dim) {
   if (head_dim == 256 || p.deterministic) return false;
   const int64_t group = p.heads_q / p.heads_kv, tiles = p.seq_kv / 128;
-  const int64_t most = head_dim == 64 ? 16 : group == 1 ? 32 : group < 4 ? 16 : 8;
+  const int64_t most = head_dim == 64 ? (group == 1 ? 16 : 128)
+                       : group == 1   ? 32
+                       : group < 4    ? 16
+                                      : 8;
   return group <= tiles && tiles <= most;
 }
 
@@ -96,8 +99,6 @@ bool finishes_inside(const BackwardProblem& p, const BackwardPlan& plan) {
          !p.dscale_rows;
 }
 
-bool takes_sections(const BackwardProblem& p) { return is_uneven(p) || p.deterministic; }
-
 int32_t section(const Device& device, const BackwardProblem& p, const BackwardPlan& plan,
                 int64_t heads, int64_t cached) {
   const bool grouped = p.heads_q > p.heads_kv, deterministic = p.deterministic;
@@ -110,6 +111,9 @@ int32_t section(const Device& device, const BackwardProblem& p, const BackwardPl
     // heads are then brought once for all of its tiles, not once for each round of them.
     target = (workers + tiles / 2) / tiles;
     if (!grouped || deterministic) target = std::max(eighth, target);
+    // With uneven tiles of as many again there is work while others wait. (Not of groups: -9 to
+    // +15 %.)
+    if (deterministic && is_uneven(p) && !grouped) target = std::max(2 * eighth, target);
   } else if (!is_uneven(p)) {
     // Tiles that wait for their turn had rather begin one after another than all of a head at
     // once; not at the price of Q, dO and sums that no cache holds. Two heads are up to 4 % slower

@@ -15,10 +15,6 @@ void choose_tile(const BackwardProblem& problem, BackwardPlan* plan);
 // Whether the main kernel makes dQ from its sums by itself, with this tile.
 bool finishes_inside(const BackwardProblem& problem, const BackwardPlan& plan);
 
-// Whether key heads are walked in sections: where tiles are not equally long, or wait for their
-// turn.
-bool takes_sections(const BackwardProblem& problem);
-
 // Of this many key heads, how many are walked together, where `cached` fit the L2 cache.
 int32_t section(const Device& device, const BackwardProblem& problem, const BackwardPlan& plan,
                 int64_t heads, int64_t cached);

@@ -13,21 +13,28 @@ namespace flash2::sm90 {
 
 struct ForwardTile {
   int head_dim;   // the most that it serves
-  bool masked;    // with code for masks; else only the last block of keys may be ragged
   int consumers;  // warpgroups of 64 query rows
   int tile_kv;
-  int q_stages;        // 2: the next tile's Q is loaded while this one's is in use
-  bool ping_pong;      // the consumers take turns on the tensor cores
-  bool rescale_early;  // O is rescaled while Q K^T runs, not after P V
-  bool store_late;     // O is stored while the next tile's second Q K^T runs, not before it
-  int split;           // eighths of a step's exponentials that must not wait for P V
-  bool joins = false;  // a cluster shares the keys of each tile: join.cuh
+  int q_stages;            // 2: the next tile's Q is loaded while this one's is in use
+  int split = 0;           // eighths of a step's exponentials that must not wait for P V
+  bool masked = false;     // with code for masks; else only the last block of keys may be ragged
+  bool ping_pong = false;  // the consumers take turns on the tensor cores
+  bool rescale_early = false;  // O is rescaled while Q K^T runs, not after P V
+  bool store_late = false;  // O is stored while the next tile's second Q K^T runs, not before it
+  bool joins = false;       // a cluster shares the keys of each tile: join.cuh
   // Two blocks, a cluster, work on neighbouring tiles of a head: each brings half of every K and V
   // for both. A consumer keeps Q in registers, so that shared memory has room for a third stage,
   // without which the blocks wait for each other.
   bool pairs = false;
-  // For scores with a soft cap, with masks or without.
-  bool capped = false;
+  bool capped = false;  // for scores with a soft cap, with masks or without
+
+  // The same with these members, which are flags, set.
+  template <class... Flags>
+  constexpr ForwardTile with(Flags... flags) const {
+    ForwardTile tile = *this;
+    ((tile.*flags = true), ...);
+    return tile;
+  }
 
   FLASH2_HOST_DEVICE constexpr int bucket() const { return head_dim == 192 ? 256 : head_dim; }
   // Of K and of V.
@@ -68,34 +75,38 @@ struct ForwardTile {
 inline constexpr ForwardTile kForwardTiles[] = {
     // 113 KB. Here exponentials cost as much as products, and a third consumer fills the gaps of
     // the other two: two are 15 to 25 % slower. Only here it helps to take turns.
-    {64, false, 3, 128, 2, true, false, false, 0},
+    ForwardTile{64, 3, 128, 2}.with(&ForwardTile::ping_pong),
     // 97 KB, for lengths up to kShort: no row of the last tile is wasted, and the diagonal wastes
     // less. From 2048 on three consumers lead.
-    {64, true, 2, 128, 2, true, false, false, 0},
-    {64, true, 3, 128, 2, true, false, false, 0},
+    ForwardTile{64, 2, 128, 2}.with(&ForwardTile::masked, &ForwardTile::ping_pong),
+    ForwardTile{64, 3, 128, 2}.with(&ForwardTile::masked, &ForwardTile::ping_pong),
     // 105 KB, and half of the registers: where keys are shared out, two blocks run on a
     // multiprocessor, and one begins and ends while the other reads.
-    {64, true, 1, 128, 1, false, false, false, 0, true},
+    ForwardTile{64, 1, 128, 1}.with(&ForwardTile::masked, &ForwardTile::joins),
     // 193 KB. 128 x 176 has room for one stage of Q only and was 0 to 4 % slower.
-    {128, false, 2, 128, 2, false, false, true, 3},
+    ForwardTile{128, 2, 128, 2, 3}.with(&ForwardTile::store_late),
     // 225 KB, for many keys: where the chip runs at its power limit, every byte that does not come
     // from the L2 cache is speed.
-    {128, false, 2, 128, 1, false, false, true, 3, false, true},
-    {128, true, 2, 128, 2, false, false, false, 3},
+    ForwardTile{128, 2, 128, 1, 3}.with(&ForwardTile::store_late, &ForwardTile::pairs),
+    ForwardTile{128, 2, 128, 2, 3}.with(&ForwardTile::masked),
     // 113 KB.
-    {128, true, 1, 64, 1, false, false, false, 3, true},
+    ForwardTile{128, 1, 64, 1, 3}.with(&ForwardTile::masked, &ForwardTile::joins),
     // 225 KB of the 227 there are.
-    {256, false, 2, 80, 1, false, true, false, 0},
+    ForwardTile{256, 2, 80, 1}.with(&ForwardTile::rescale_early),
     // 64 keys of the 80 there is room for waste less of the diagonal: 3 % faster at 512, level at
     // 16k.
-    {256, true, 2, 64, 1, false, true, false, 0},
-    {256, true, 2, 80, 1, false, true, false, 0, true},
+    ForwardTile{256, 2, 64, 1}.with(&ForwardTile::masked, &ForwardTile::rescale_early),
+    ForwardTile{256, 2, 80, 1}.with(&ForwardTile::masked, &ForwardTile::rescale_early,
+                                    &ForwardTile::joins),
     // 217 KB. For head_dims of the bucket 256 that three panels hold.
-    {192, false, 2, 112, 1, false, true, false, 0},
-    {192, true, 2, 112, 1, false, true, false, 0},
-    {64, true, 2, 128, 2, true, false, false, 0, false, false, true},
-    {128, true, 2, 128, 2, false, false, false, 3, false, false, true},
-    {256, true, 2, 80, 1, false, true, false, 0, false, false, true},
+    ForwardTile{192, 2, 112, 1}.with(&ForwardTile::rescale_early),
+    ForwardTile{192, 2, 112, 1}.with(&ForwardTile::masked, &ForwardTile::rescale_early),
+    // One for each bucket, with masks or without: there the cap's own arithmetic is the limit.
+    ForwardTile{64, 2, 128, 2}.with(&ForwardTile::masked, &ForwardTile::ping_pong,
+                                    &ForwardTile::capped),
+    ForwardTile{128, 2, 128, 2, 3}.with(&ForwardTile::masked, &ForwardTile::capped),
+    ForwardTile{256, 2, 80, 1}.with(&ForwardTile::masked, &ForwardTile::rescale_early,
+                                    &ForwardTile::capped),
 };
 // Query lengths up to it prefer the first masked tile of a bucket, longer ones the last.
 inline constexpr int kShort = 1024;

@@ -334,8 +334,9 @@ std::vector<Case> cases(const Device& device) {
   }
   // What these do not reach, without a gradient of the scale: whole key tiles, of which few or
   // many share a head, and long rows. Walks that go around, dQ made inside the main kernel, steps
-  // of 80 rows, a tile's keys shared out at head_dim 64, pairs of blocks.
-  const Setting &plain = kSettings[0], &causal = kSettings[1];
+  // of 80 rows, a tile's keys shared out at head_dim 64, pairs of blocks. And the tiles between
+  // the buckets 128 and 256, and soft caps that need not be deterministic.
+  const Setting &plain = kSettings[0], &causal = kSettings[1], &capped = kSettings[8];
   const struct {
     const Setting& setting;
     int head_dim;
@@ -345,7 +346,8 @@ std::vector<Case> cases(const Device& device) {
       {causal, 64, {260, 384, 4}},   {causal, 64, {1030, 200, 4}}, {causal, 64, {5, 8200, 1}},
       {plain, 128, {260, 384, 4}},   {plain, 128, {200, 512, 2}},  {plain, 128, {200, 256, 1}},
       {plain, 128, {1030, 128, 2}},  {plain, 128, {1030, 256, 4}}, {plain, 128, {1030, 256, 2}},
-      {plain, 128, {1280, 8192, 4}}, {plain, 256, {1030, 128, 4}},
+      {plain, 128, {1280, 8192, 4}}, {plain, 256, {1030, 128, 4}}, {plain, 192, {260, 250, 4}},
+      {causal, 192, {260, 300, 4}},  {causal, 192, {16, 129, 2}},  {capped, 256, {2060, 130, 2}},
   };
   for (DataType type : {DataType::kBFloat16, DataType::kFloat16}) {
     for (const auto& m : more) {

@@ -178,8 +178,10 @@ CASE(backward_on_hopper_walks_heads_in_like_sections) {
   CHECK(section(128, 1024, 32, 8) == 16 && section(64, 2048, 128, 8) == 8, "groups of 8");
   CHECK(section(256, 1024, 16, 8, true) == 8, "in turn");
   CHECK(section(128, 2048, 128, 8, true) == 16, "in turn");
-  // Where they wait for their turn, few of a head.
+  // Where they wait for their turn, few of a head; of a short one fewer still.
   CHECK(section(128, 8192, 32, 1, true) == 16, section(128, 8192, 32, 1, true));
+  CHECK(section(128, 2048, 128, 1, true) == 32, section(128, 2048, 128, 1, true));
+  CHECK(section(256, 1024, 128, 1, true) == 16, section(256, 1024, 128, 1, true));
   // The last section ends with one tile if it is smaller than the others.
   for (int32_t seq : {512, 2048, 8192, 32768}) {
     for (int32_t heads = 1; heads <= 100; ++heads) {
@@ -328,8 +330,8 @@ CASE(backward_on_hopper_writes_zeros_where_single_blocks_walk_far) {
   check(128, 512, false, 8, false);
   check(64, 4096, true, 8, true);
   check(64, 8192, true, 8, false);
-  check(64, 2048, false, 8, true);
-  check(64, 4096, false, 8, false);
+  check(64, 16384, false, 8, true);
+  check(64, 32768, false, 8, false);
 }
 
 CASE(backward_on_hopper_goes_around_where_walks_are_short) {
@@ -346,12 +348,13 @@ CASE(backward_on_hopper_goes_around_where_walks_are_short) {
   for (int32_t head_dim : {64, 128}) {
     CHECK(around(head_dim, 128) && around(head_dim, 512) && around(head_dim, 2048), head_dim);
     CHECK(around(head_dim, 4096) == (head_dim == 128), head_dim << ": long walks");
-    CHECK(!around(head_dim, 8192), head_dim << ": long walks");
+    CHECK(!around(head_dim, 8192) && !around(head_dim, 32768, 8), head_dim << ": long walks");
     CHECK(!around(head_dim, 1000), head_dim << ": masks");
     CHECK(!around(head_dim, 512, 8) && around(head_dim, 1024, 8), "tiles for each head");
     CHECK(around(head_dim, 256, 2) && around(head_dim, 2048, 2), "groups of 2");
     CHECK(around(head_dim, 2048, 4) == (head_dim == 64), "groups of 4");
-    CHECK(!around(head_dim, 4096, 2), "groups of 2");
+    CHECK(around(head_dim, 4096, 2) == (head_dim == 64), "groups of 2");
+    CHECK(around(head_dim, 16384, 8) == (head_dim == 64), "groups of 8");
     CHECK(!around(head_dim, 512, 1, [](BackwardProblem& p) { p.is_causal = true; }), "masks");
     CHECK(!around(head_dim, 512, 1, [](BackwardProblem& p) { p.deterministic = true; }), "turns");
   }
