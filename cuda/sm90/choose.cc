@@ -69,8 +69,8 @@ int32_t choose_pack(const ForwardProblem& p, int32_t tile_q, int32_t packed_tile
 // there may be fewer tiles than multiprocessors. No block gets less than kLeastShare of the keys,
 // so that little is lost where there are many tiles: the batch size must not decide, as above.
 int32_t choose_splits(const ForwardProblem& p, int32_t head_dim, int32_t pack, int32_t tile_q) {
-  const bool all_keys = p.window_left == kUnbounded && p.chunk_size == 0 &&
-                        !p.query_segment_ids.data && p.soft_cap == 0.0f;
+  const bool all_keys =
+      p.window_left == kUnbounded && p.chunk_size == 0 && !p.query_segment_ids.data;
   if (!all_keys || tiles_of_pack(p, pack, tile_q) > kMostJoinedRows / tile_q) return 1;
   int32_t splits = 1;
   while (splits < kMostSplits && p.seq_kv / (2 * splits) >= kLeastShare / head_dim) splits *= 2;
@@ -87,11 +87,12 @@ bool serves(const Device& device, const ForwardProblem& p) {
 void choose_tile(const ForwardProblem& p, ForwardPlan* plan) {
   plan->family = 90;
   const int32_t head_dim = tile_dim(p, plan->head_dim);
+  const bool capped = p.soft_cap > 0.0f;
   plan->variant = find_tile(p, head_dim);
-  const int packing = find_packing_tile(head_dim, false, p.soft_cap > 0.0f);
+  const int packing = find_packing_tile(head_dim, false, capped);
   const int32_t packed_tile_q = kForwardTiles[packing].tile_q();
   plan->pack = choose_pack(p, kForwardTiles[plan->variant].tile_q(), packed_tile_q);
-  const int joining = find_packing_tile(plan->head_dim, true, false);
+  const int joining = find_packing_tile(plan->head_dim, true, capped);
   plan->splits = choose_splits(p, plan->head_dim, plan->pack, kForwardTiles[joining].tile_q());
   if (plan->splits > 1) {
     plan->variant = joining;

@@ -61,7 +61,7 @@ struct RowScores {
   }
 
   // With a soft cap c a score x becomes c tanh(x / c) = 2 c / (1 + exp(-2 x / c)) - c. The
-  // fraction takes the raw score's place, 2 c its factor's, and `Consumer::finish` sees to the
+  // fraction takes the raw score's place, 2 c its factor's, and who finishes a row sees to the
   // last term. Before masks, whose -inf would become a score.
   __device__ __forceinline__ void cap(Scores& s, int begin = 0, int end = kTileKv) {
     if constexpr (kT.capped) {

@@ -91,10 +91,12 @@ struct Join {
     joined.sum[0] = threadIdx.x % 4 == 0 ? total : 0.0f;
     const RowPlace<true> place(schedule, work, row);
     const bool exists = place.exists(p), has_sink = p.sinks.data != nullptr;
-    const float sink = has_sink && exists ? p.sinks.at(work.batch, place.head) : 0.0f;
+    float sink = has_sink && exists ? p.sinks.at(work.batch, place.head) : 0.0f;
+    if constexpr (kT.capped) sink += p.soft_cap;  // as scores: RowScores::cap
     float lse;
     const float norm =
         joined.finish(0, place.position < work.q_length, factor, has_sink, sink, &lse);
+    if constexpr (kT.capped) lse -= p.soft_cap;
     if (!wanted || !exists) return;
     if (part == 0 && p.lse != nullptr) {
       p.lse[(int64_t{work.batch} * p.heads_q + place.head) * p.seq_q + place.position] = lse;

@@ -101,12 +101,18 @@ inline constexpr ForwardTile kForwardTiles[] = {
     // 217 KB. For head_dims of the bucket 256 that three panels hold.
     ForwardTile{192, 2, 112, 1}.with(&ForwardTile::rescale_early),
     ForwardTile{192, 2, 112, 1}.with(&ForwardTile::masked, &ForwardTile::rescale_early),
-    // One for each bucket, with masks or without: there the cap's own arithmetic is the limit.
+    // With masks or without: there the cap's own arithmetic is the limit.
     ForwardTile{64, 2, 128, 2}.with(&ForwardTile::masked, &ForwardTile::ping_pong,
                                     &ForwardTile::capped),
     ForwardTile{128, 2, 128, 2, 3}.with(&ForwardTile::masked, &ForwardTile::capped),
     ForwardTile{256, 2, 80, 1}.with(&ForwardTile::masked, &ForwardTile::rescale_early,
                                     &ForwardTile::capped),
+    ForwardTile{64, 1, 128, 1}.with(&ForwardTile::masked, &ForwardTile::joins,
+                                    &ForwardTile::capped),
+    ForwardTile{128, 1, 64, 1, 3}.with(&ForwardTile::masked, &ForwardTile::joins,
+                                       &ForwardTile::capped),
+    ForwardTile{256, 2, 80, 1}.with(&ForwardTile::masked, &ForwardTile::rescale_early,
+                                    &ForwardTile::joins, &ForwardTile::capped),
 };
 // Query lengths up to it prefer the first masked tile of a bucket, longer ones the last.
 inline constexpr int kShort = 1024;

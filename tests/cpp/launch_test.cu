@@ -112,8 +112,8 @@ const Setting kSettings[] = {
     {"segments", [](Problem&) {}, false, Setting::kPacked, false},
     {"causal mixed segments", [](Problem& p) { p.is_causal = true; }, false, Setting::kMixed,
      false},
-    {"soft cap", [](Problem& p) { p.window_left = 40, p.soft_cap = 5.0f; }, false, Setting::kNone,
-     false},
+    {"causal soft cap", [](Problem& p) { p.is_causal = true, p.soft_cap = 5.0f; }, false,
+     Setting::kNone, false},
     {"general", [](Problem& p) { p.is_causal = true, p.soft_cap = 5.0f; }, true, Setting::kPacked,
      true},
 };
@@ -335,7 +335,7 @@ std::vector<Case> cases(const Device& device) {
   // What these do not reach, without a gradient of the scale: whole key tiles, of which few or
   // many share a head, and long rows. Walks that go around, dQ made inside the main kernel, steps
   // of 80 rows, a tile's keys shared out at head_dim 64, pairs of blocks. And the tiles between
-  // the buckets 128 and 256, and soft caps that need not be deterministic.
+  // the buckets 128 and 256, soft caps that need not be deterministic, and with keys shared out.
   const Setting &plain = kSettings[0], &causal = kSettings[1], &capped = kSettings[8];
   const struct {
     const Setting& setting;
@@ -348,6 +348,7 @@ std::vector<Case> cases(const Device& device) {
       {plain, 128, {1030, 128, 2}},  {plain, 128, {1030, 256, 4}}, {plain, 128, {1030, 256, 2}},
       {plain, 128, {1280, 8192, 4}}, {plain, 256, {1030, 128, 4}}, {plain, 192, {260, 250, 4}},
       {causal, 192, {260, 300, 4}},  {causal, 192, {16, 129, 2}},  {capped, 256, {2060, 130, 2}},
+      {capped, 64, {5, 8200, 1}},    {capped, 128, {5, 4100, 1}},  {capped, 256, {5, 4100, 1}},
   };
   for (DataType type : {DataType::kBFloat16, DataType::kFloat16}) {
     for (const auto& m : more) {

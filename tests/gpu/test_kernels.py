@@ -55,7 +55,7 @@ def test_value_with_a_head_dim_of_its_own(head_dim, value_dim):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("head_dim", DIMS)
+@pytest.mark.parametrize("head_dim", [*DIMS, 192])
 @pytest.mark.parametrize("options", [(), ("causal",)])
 @pytest.mark.parametrize("length", [577, 2048])
 def test_lengths_and_dtypes(dtype, head_dim, options, length):
@@ -180,6 +180,35 @@ def test_few_queries_of_many_keys(kv_length, head_dim):
         check(inputs, str(case))
         first, again = (forward(inputs, FAMILIES[-1]) for _ in range(2))
         assert_bitwise_equal(first, again)
+
+
+# Below 4096 keys one block has all of them.
+@pytest.mark.parametrize("kv_length", [201, 8200])
+@pytest.mark.parametrize("head_dim", DIMS)
+def test_soft_caps_of_few_queries(kv_length, head_dim):
+    number = DIMS.index(head_dim)
+    for turn, masks in enumerate((("causal", "offset", "sinks"), ("key_lengths",))):
+        case = gpu_case(
+            "soft_cap",
+            *masks,
+            q_length=1 + 2 * number,
+            kv_length=kv_length,
+            heads=8,
+            head_dim=head_dim,
+            batch=(2,),
+            dtype=DTYPES[(number + turn) % 2],
+        )
+        inputs = case.inputs(seed=number)
+        check(inputs, str(case))
+        first, again = (forward(inputs, FAMILIES[-1]) for _ in range(2))
+        assert_bitwise_equal(first, again)
+
+
+@pytest.mark.parametrize("head_dim", DIMS)
+@pytest.mark.parametrize("cap", [0.1, 30.0, 1000.0])
+def test_small_and_large_soft_caps(cap, head_dim):
+    inputs = gpu_case("soft_cap", "causal", length=700, head_dim=head_dim).inputs()
+    check(inputs.replace(logits_soft_cap=cap))
 
 
 @pytest.mark.parametrize("head_dim", DIMS)
