@@ -34,6 +34,7 @@ class Cell:
     heads_kv: int
     documents: int | None = None  # as long as each other, packed into a row; one
     deterministic: bool = False  # the backward
+    soft_cap: float | None = None
 
     @property
     def scores(self) -> float:
@@ -135,6 +136,7 @@ def flash2(implementation: str, cell: Cell, passes: list[str]) -> Ready:
         local_window_size=window,
         query_segment_ids=ids,
         deterministic_backward=cell.deterministic,
+        logits_soft_cap=cell.soft_cap,
         implementation=implementation,
     )
     return _jax(call, cell, passes)

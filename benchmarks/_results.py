@@ -25,6 +25,7 @@ KEY = (
     "heads_kv",
     "documents",
     "deterministic",
+    "soft_cap",
 )
 PACKAGES = (
     "jax",

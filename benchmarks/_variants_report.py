@@ -29,6 +29,8 @@ def variant(row: dict[str, Any]) -> str | None:
         return f"{row['seq']} tokens of packed documents, over rows of their own"
     if row.get("deterministic"):
         return "deterministic, over sums in any order"
+    if row.get("soft_cap"):
+        return f"soft cap of {row['soft_cap']:g}, over none"
     if head_dim in KERNELS:
         return f"head_dim {head_dim}, over {KERNELS[head_dim]}"
     if group > 1:

@@ -71,6 +71,8 @@ def _dense(q: Any, k: Any, v: Any, cell: Cell, rounded: Any) -> jax.Array:
     """One head, ``[seq, head_dim]``, float32; ``rounded`` is P's dtype on the way."""
     highest = jax.lax.Precision.HIGHEST
     s = jnp.dot(q, k.T, precision=highest) * np.float32(cell.head_dim**-0.5)
+    if cell.soft_cap is not None:
+        s = cell.soft_cap * jnp.tanh(s / cell.soft_cap)
     i, j = jnp.arange(cell.seq)[:, None], jnp.arange(cell.seq)[None]
     if cell.causal:
         s = jnp.where(j <= i, s, -jnp.inf)

@@ -4,7 +4,7 @@ Between ``<!-- results: NAME -->`` and ``<!-- end -->`` in README.md stands what
   GPU/fwd, GPU/bwd    TFLOP/s of every contender, such as h100/fwd
   cpu/speed           milliseconds on CPU, and how many times the dense path's speed
   cpu/memory          peak memory on CPU
-  GPU/variants        float16, groups, packing, determinism and other head sizes beside the
+  GPU/variants        float16, groups, packing, determinism, caps and other head sizes beside the
                       plain setting
   GPU/parity          one model trained with several attentions: losses and step times
   GPU/ring            one sequence on several GPUs and on one, with its GPU/meta

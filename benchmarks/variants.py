@@ -1,5 +1,5 @@
-"""What float16, grouped queries, packing, determinism and other head sizes cost beside
-bfloat16, plain heads, rows of their own and sums in any order.
+"""What float16, grouped queries, packing, determinism, a soft cap and other head sizes cost
+beside bfloat16, plain heads, rows of their own, sums in any order and no cap.
 
 The papers' setting and the way to time of attention.py: of each cell all variants run in this
 process, in turns. ``xla_dot`` is XLA's product of two matrices of 8192 rows and columns, in both
@@ -37,6 +37,7 @@ PLAIN: dict[str, Any] = {
     "hidden": 2048,
 }
 GROUP = 8
+SOFT_CAP = 50.0  # Gemma 2's
 ROWS = 8192
 # Where the product is timed: the chip is at its power limit there.
 LONGEST = 16384
@@ -53,6 +54,7 @@ def variants(plain: Cell) -> list[Cell]:
             dataclasses.replace(plain, head_dim=size, heads=heads, heads_kv=heads)
         )
     found.append(dataclasses.replace(plain, deterministic=True))
+    found.append(dataclasses.replace(plain, soft_cap=SOFT_CAP))
     if plain.batch > 1:  # its rows as documents of one
         one = dict(seq=plain.seq * plain.batch, batch=1, documents=plain.batch)
         found.append(dataclasses.replace(plain, **one))
