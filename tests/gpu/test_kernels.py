@@ -205,7 +205,7 @@ def test_soft_caps_of_few_queries(kv_length, head_dim):
 
 
 @pytest.mark.parametrize("head_dim", DIMS)
-@pytest.mark.parametrize("cap", [0.1, 30.0, 1000.0])
+@pytest.mark.parametrize("cap", [0.1, 30.0, 300.0])
 def test_small_and_large_soft_caps(cap, head_dim):
     inputs = gpu_case("soft_cap", "causal", length=700, head_dim=head_dim).inputs()
     check(inputs.replace(logits_soft_cap=cap))
