@@ -7,7 +7,7 @@ import _results
 from _markdown import table
 
 PRODUCT = "xla_dot"
-# Whose kernels other head sizes run in.
+# The kernels' sizes beside which other ones are timed.
 KERNELS = {80: 128, 96: 128, 192: 256}
 
 

@@ -77,7 +77,7 @@ def flash_attention(
       return_residual: also return the logsumexp, float32 (float64 for float64), natural
         logarithm, ``(batch..., query length, heads)``. It is differentiable.
       logits_soft_cap: c, a positive Python float. The CUDA kernels compute a score under
-        it to within some 2e-7 c, float32's last place of c.
+        it to within some 3e-7 c: a few of float32's last places of c.
       query_offset: position of query row 0 on the key axis (i below means row + offset);
         an int, or int32 that broadcasts to ``(batch...)``, may be negative. Positions
         are int32.

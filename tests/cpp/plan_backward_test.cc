@@ -430,6 +430,12 @@ CASE(backward_of_segments_on_hopper_has_both_families) {
         if (d.compute_capability == 90) continue;
         CHECK(plan_backward(d, p).family == 80 && plan_backward(d, p).otherwise.empty(), "");
       }
+      p.soft_cap = 5.0f;
+      const BackwardPlan capped = plan_backward(kH100, p);
+      const bool hopper = plan.head_dim > 64;
+      CHECK(capped.family == (hopper ? 90 : 80), show(kH100, p));
+      CHECK(!hopper || sm90::kBackwardTiles[capped.variant].capped, show(kH100, p));
+      CHECK(capped.otherwise.size() == (hopper ? 1 : 0), show(kH100, p));
     }
   }
 }

@@ -383,6 +383,10 @@ CASE(segments_on_hopper_have_both_families) {
         for (const Device& d : {kA100, kA10, kL4, kNewer}) {
           CHECK(plan_forward(d, p).family == 80 && plan_forward(d, p).otherwise.empty(), "");
         }
+        p.soft_cap = 5.0f;
+        const ForwardPlan capped = plan_forward(kH100, p);
+        CHECK(capped.family == 90 && sm90::kForwardTiles[capped.variant].capped, show(kH100, p));
+        CHECK(capped.otherwise.size() == 1 && capped.otherwise.front().general, show(kH100, p));
         p.alibi_slopes.data = static_cast<const float*>(address(7 << 20));
         CHECK(plan_forward(kH100, p).family == 80, show(kH100, p));
         CHECK(plan_forward(kH100, p).otherwise.empty(), show(kH100, p));

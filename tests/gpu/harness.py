@@ -25,7 +25,7 @@ UNSUPPORTED = {
     *("dropout", "max_logit"),
 }
 SUPPORTED = tuple(name for name in OPTIONS if name not in UNSUPPORTED)
-# What Hopper's kernels leave to the others.
+# What Hopper's kernels leave to the others; soft caps at head_dim 64 in the backward besides.
 GENERAL = {"alibi", "alibi_of_batch"}
 HOPPER_TAKES = tuple(name for name in SUPPORTED if name not in GENERAL)
 

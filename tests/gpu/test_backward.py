@@ -38,12 +38,15 @@ def test_only_the_logsumexp_has_a_cotangent(head_dim):
 # On Hopper key tiles of such calls begin their walks apart, where there are as many as query
 # heads to a key head; steps are of 80 rows at head_dim 128 from 1024 rows on.
 WHOLE_KEY_TILES = ((512, 512), (300, 1024), (1100, 640), (70, 2048), (1024, 1024))
+# At head_dim 64 with several query heads to a key head long ones do too.
+MANY_KEY_TILES = ((300, 4096), (70, 16384))
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 4, 8])
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_whole_key_tiles_without_masks(head_dim, kv_heads):
-    for number, (q_length, kv_length) in enumerate(WHOLE_KEY_TILES):
+    lengths = WHOLE_KEY_TILES + (MANY_KEY_TILES if head_dim == 64 else ())
+    for number, (q_length, kv_length) in enumerate(lengths):
         case = gpu_case(
             q_length=q_length,
             kv_length=kv_length,
@@ -65,6 +68,8 @@ def test_whole_key_tiles_without_masks(head_dim, kv_heads):
         ((), dict(head_dim=256)),
         (("causal", "offset", "key_lengths"), dict(head_dim=256)),
         (("segments", "alibi", "soft_cap"), dict(head_dim=64)),
+        (("causal", "soft_cap"), dict(head_dim=128)),
+        (("causal", "soft_cap"), dict(head_dim=256)),
     ],
 )
 @each_family

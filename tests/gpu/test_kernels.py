@@ -182,7 +182,7 @@ def test_few_queries_of_many_keys(kv_length, head_dim):
         assert_bitwise_equal(first, again)
 
 
-# Below 4096 keys one block has all of them.
+# Of so few as 201 keys one block has all.
 @pytest.mark.parametrize("kv_length", [201, 8200])
 @pytest.mark.parametrize("head_dim", DIMS)
 def test_soft_caps_of_few_queries(kv_length, head_dim):
@@ -211,11 +211,23 @@ def test_small_and_large_soft_caps(cap, head_dim):
     check(inputs.replace(logits_soft_cap=cap))
 
 
+@pytest.mark.parametrize("q_length", [5, 200])
+@pytest.mark.parametrize("head_dim", [96, 136, 192])
+@pytest.mark.parametrize(
+    "options", [("segments",), ("causal", "offset", "sinks"), ("causal", "soft_cap")]
+)
+def test_head_dims_between_the_buckets(options, head_dim, q_length):
+    shape = dict(q_length=q_length, kv_length=333, heads=8, kv_heads=2)
+    case = gpu_case(*options, **shape, head_dim=head_dim)
+    check(case.inputs(), str(case))
+
+
+@pytest.mark.parametrize("options", [(), ("soft_cap",)])
 @pytest.mark.parametrize("head_dim", DIMS)
 @pytest.mark.parametrize("scale", [0.0, -0.3])
-def test_scales_of_packed_heads(head_dim, scale):
+def test_scales_of_packed_heads(head_dim, scale, options):
     shape = dict(q_length=5, kv_length=300, heads=8, kv_heads=1, head_dim=head_dim)
-    inputs = gpu_case("causal", "offset_static", "scale", **shape).inputs()
+    inputs = gpu_case("causal", "offset_static", "scale", *options, **shape).inputs()
     check(inputs.replace(scale=scale))
 
 
@@ -383,10 +395,13 @@ def test_rows_that_see_one_key_nearly_alone():
     check(gpu_case("scale", **shape).inputs(seed=61))
 
 
+@pytest.mark.parametrize(
+    ("options", "head_dim"), [((), 128), (("soft_cap",), 128), (("soft_cap",), 256)]
+)
 @pytest.mark.parametrize("scale", [0.0, -0.3])
-def test_scales_without_and_with_a_sign(scale):
-    inputs = gpu_case("causal", "scale", head_dim=128, length=150).inputs()
-    check(inputs.replace(scale=scale))
+def test_scales_without_and_with_a_sign(scale, options, head_dim):
+    case = gpu_case("causal", "scale", *options, head_dim=head_dim, length=150)
+    check(case.inputs().replace(scale=scale), str(case))
 
 
 @each_family
