@@ -247,7 +247,8 @@ def test_backward_workspace_is_linear_in_the_rows(batch, heads, length, rows):
     """Per padded row: float32 sums of dQ, logsumexp and delta; a turn per 16; counters."""
     counters = -(-batch * heads * 4 // 16) * 16 + 16
     expected = batch * heads * (rows * (4 * 72 + 8) + rows // 4) + counters
-    assert _kernels._backward_bytes(batch, heads, length, 72, 100, False) == expected
+    size = _ffi.module.backward_workspace_bytes
+    assert size(batch, heads, length, 72, 100, False) == expected
 
 
 @needs_module
@@ -259,9 +260,8 @@ def test_packed_segments_take_8_bytes_a_row_and_a_key(batch, length, keys):
     forward = _ffi.module.forward_workspace_bytes
     assert forward(batch, length, keys, False) == 16
     assert forward(batch, length, keys, True) == 16 + expected
-    sizes = [
-        _kernels._backward_bytes(batch, 2, length, 64, keys, s) for s in (False, True)
-    ]
+    backward = _ffi.module.backward_workspace_bytes
+    sizes = [backward(batch, 2, length, 64, keys, s) for s in (False, True)]
     assert sizes[1] - sizes[0] == expected
 
 
@@ -295,13 +295,15 @@ def test_backward_lacks_what_the_forward_lacks_but_for_the_largest_logit():
 @pytest.mark.parametrize("batch", [1, 2, 3, 7])
 def test_workspace_of_a_symbolic_batch_is_enough(batch):
     (symbol,) = jax.export.symbolic_shape("batch")
+    module = _ffi.module
     for segments in (False, True):
-        size = _kernels._backward_bytes(symbol, 5, 129, 72, 1500, segments)
-        for_one = _kernels._backward_bytes(1, 5, 129, 72, 1500, segments)
-        assert size == symbol * for_one
-        whole = _kernels._backward_bytes(batch, 5, 129, 72, 1500, segments)
-        assert batch * for_one >= whole
-        forward = _ffi.module.forward_workspace_bytes
-        assert batch * forward(1, 129, 1500, segments) >= forward(
-            batch, 129, 1500, segments
+        sizes = (
+            lambda n, s=segments: module.forward_workspace_bytes(n, 129, 1500, s),
+            lambda n, s=segments: module.backward_workspace_bytes(
+                n, 5, 129, 72, 1500, s
+            ),
         )
+        for size in sizes:
+            assert _kernels._of_batch(symbol, size) == symbol * size(1)
+            assert _kernels._of_batch(batch, size) == size(batch)
+            assert batch * size(1) >= size(batch)
