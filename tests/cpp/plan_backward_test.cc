@@ -330,6 +330,7 @@ CASE(backward_on_hopper_writes_zeros_where_single_blocks_walk_far) {
   check(128, 512, false, 8, false);
   check(64, 4096, true, 8, true);
   check(64, 8192, true, 8, false);
+  check(64, 2048, false, 8, true);
   check(64, 16384, false, 8, true);
   check(64, 32768, false, 8, false);
 }

@@ -27,7 +27,7 @@ from harness import (
 )
 
 from cases import Inputs, covering, results
-from compare import assert_bitwise_equal
+from compare import assert_bitwise_equal, assert_close
 from jax_flash2 import flash_attention
 
 DTYPES = ("bfloat16", "float16")
@@ -209,6 +209,18 @@ def test_soft_caps_of_few_queries(kv_length, head_dim):
 def test_small_and_large_soft_caps(cap, head_dim):
     inputs = gpu_case("soft_cap", "causal", length=700, head_dim=head_dim).inputs()
     check(inputs.replace(logits_soft_cap=cap))
+
+
+@pytest.mark.parametrize("head_dim", DIMS)
+@each_family
+def test_a_huge_soft_cap_costs_what_the_docstring_says(head_dim, family):
+    """The rule of accuracy would ask for more: it is for caps that something reaches."""
+    cap = 1000.0
+    inputs = gpu_case("soft_cap", "causal", length=700, head_dim=head_dim).inputs()
+    inputs = inputs.replace(logits_soft_cap=cap)
+    want = reference(inputs)["lse"]
+    bound = 3e-7 * cap + 1e-5 * float(jnp.abs(want).max())
+    assert_close(forward(inputs, family)["lse"], want, bound, f"{family} lse")
 
 
 @pytest.mark.parametrize("q_length", [5, 200])
